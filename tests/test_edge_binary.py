@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fedtune.runs.edge_bundle import export_bundle
 
 import fedtune
 from fedtune.config import bind
+from fedtune.runs.edge_bundle import export_bundle
 from fedtune.seeds import derive, generator
 from tests.cli.test_flower_server import toml
 from tests.edge_binary import bare_environment, built_file, join_binary, kill_group, processes_of, states_by_round

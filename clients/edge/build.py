@@ -14,7 +14,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from contents import EXCLUDED, HIDDEN, check_contents, sizes
+from contents import EXCLUDED, FORBIDDEN, HIDDEN, check_contents, sizes
 from licences import add_licences
 from pack import pack, write_sums
 
@@ -70,14 +70,19 @@ def freeze(name: str, python: Path, folder: Path, epoch: int) -> tuple[Path, set
     return folder / "tree" / name, {row[0] for row in table[1]}
 
 
-def trim(tree: Path) -> None:
-    """Remove what a program does not read: symbols for debuggers, and lists that name paths of this machine."""
+def trim(tree: Path, name: str) -> None:
+    """Remove what a program does not read: symbols for debuggers, lists that name paths of this machine, and the
+    metadata of packages that are left out, which others ask for to know whether they are there.
+    """
     for pattern in STRIPPED:
         for path in (path for path in tree.rglob(pattern) if not path.is_symlink()):
             run("strip", path)
-    for name in ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json"):
-        for path in tree.rglob(f"*.dist-info/{name}"):
+    for file in ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json"):
+        for path in tree.rglob(f"*.dist-info/{file}"):
             path.unlink()
+    for package in FORBIDDEN[name].split():
+        for path in tree.rglob(f"{package}-*.dist-info"):
+            shutil.rmtree(path)
 
 
 def main() -> None:
@@ -87,7 +92,7 @@ def main() -> None:
     folder = ROOT / "build" / "edge" / name
     python = environment(name, folder)
     tree, modules = freeze(name, python, folder, epoch)
-    trim(tree)
+    trim(tree, name)
     check_contents(tree, modules, name=name)
     (packages,) = (folder / "venv" / "lib").glob("python3.*/site-packages")
     rows = add_licences(tree, packages, modules)

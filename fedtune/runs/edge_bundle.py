@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from fedtune.client.site import blocks
 from fedtune.config import bind
 from fedtune.config.recipe import sized_adapter
 from fedtune.directions.kron import Kron
@@ -209,6 +210,8 @@ def facts_of(base: Base, family: str, dtype: Dtype) -> BundleFacts:
         pad_id=base.pad_id,
         eos_ids=end_ids(base),
         bos_id=base.tokenizer.bos_token_id,
+        # The server compares it between clients: without it devices and torch clients would not take part in one run.
+        anatomy=blocks(base),
     )
 
 
