@@ -16,6 +16,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from docs.command_pages import command_page, commands
+from docs.edge_pages import edge_page
 from docs.guarantees import guarantees_page, marked_tests, read_record
 from docs.schema_pages import enum_table, exception_table, message_blocks, record_table
 from docs.settings_pages import RECIPE_INTRODUCTIONS, recipe_pages, server_pages, settings_page, site_pages
@@ -43,6 +44,7 @@ def generated_pages() -> Mapping[str, str]:
     server = "How `fedtune serve recipe.toml --config server.toml` listens. Nothing in it changes what a run computes."
     pages["reference/server.md"] = settings_page("Server file", server, server_pages())
     pages["explanation/guarantees.md"] = guarantees_page(read_record(), marked_tests())
+    pages["reference/fedtune-edge.md"] = edge_page()
     for name, command in commands():
         pages[f"reference/commands/{command_file(name)}"] = command_page(name, command)
     return pages

@@ -20,7 +20,7 @@ import pytest
 from annotated_types import Ge, Interval
 
 import fedtune
-from docs import command_pages, generate, schema_pages, settings_pages
+from docs import command_pages, edge_pages, generate, schema_pages, settings_pages
 from docs.settings_pages import Key, Table
 from fedtune.config.link import bind_link
 from fedtune.config.reading import read
@@ -143,6 +143,16 @@ def test_every_command_has_a_page_with_all_its_options() -> None:
         for param in command.params:
             assert getattr(param, "help", None), f"{name}: expected a help text for {param.name}"
             assert all(option in page for option in param.opts if option.startswith("-"))
+
+
+def test_every_command_of_a_device_is_on_its_page_with_all_its_options() -> None:
+    page = edge_pages.edge_page()
+    for name, own in edge_pages.subparsers().items():
+        part = page.split(f"## fedtune-edge {name}\n")[1].split("\n## ")[0]
+        for action in edge_pages.options_of(own):
+            assert action.help, f"{name} {action.dest}: expected a help text"
+            assert action.help in part
+            assert all(f"`{option}" in part for option in action.option_strings)
 
 
 def test_every_number_of_the_schema_is_listed() -> None:
@@ -277,7 +287,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
     """Yield the calls of fedtune in the code blocks of a document, as words."""
     for block in re.findall(r"^```(?:bash|)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            if line.startswith("fedtune "):
+            if line.startswith(("fedtune ", "fedtune-edge ")):
                 yield shlex.split(line, comments=True)
 
 
@@ -287,6 +297,13 @@ def test_commands_that_a_document_shows_exist_with_their_options(path: Path) -> 
         return
     known = dict(command_pages.commands())
     for words in command_lines(path.read_text()):
+        if words[0] == "fedtune-edge":
+            own = edge_pages.subparsers().get(words[1])
+            assert own, f"{path.relative_to(ROOT)}: {' '.join(words)}: no such command"
+            options = {option for action in own._actions for option in action.option_strings}
+            unknown = [word for word in words if word.startswith("--") and word not in options]
+            assert not unknown, f"{path.relative_to(ROOT)}: {' '.join(words)}: no option {unknown}"
+            continue
         name = next((" ".join(words[:size]) for size in (3, 2) if " ".join(words[:size]) in known), None)
         if words[1].startswith("-"):
             continue  # `fedtune --version` and its like
