@@ -2,7 +2,7 @@
 
     FedtuneError
       ConfigError   before anything starts; carries every fault at once
-        UnreachableError  a server was away for as long as a site waits
+        TemporaryError  nothing must be changed: a server is away, or this clock is not set yet
       ExtraError    an optional package is missing; names the extra
       ShapeError    two tensors that must agree do not
       WireError     bytes from outside are not what they must be; names the client
@@ -73,8 +73,8 @@ class ConfigError(FedtuneError):
         return "\n".join([f"{self.source}: {count}", *(f"  {line}" for line in lines)])
 
 
-class UnreachableError(ConfigError):
-    """A server was away for as long as a site waits for it; the site may be started again later."""
+class TemporaryError(ConfigError):
+    """Nothing must be changed, but time pass: a server is away, or this machine's clock is not set yet."""
 
 
 class ExtraError(FedtuneError):
@@ -116,7 +116,7 @@ PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, err
 def may_pass(error: BaseException) -> bool:
     """Return whether the same command may succeed later, with nothing changed: the disk is full, or a server away."""
     causes = (error, error.__cause__)
-    return isinstance(error, UnreachableError) or any(
+    return isinstance(error, TemporaryError) or any(
         isinstance(cause, OSError) and cause.errno in PASSING for cause in causes
     )
 

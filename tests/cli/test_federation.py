@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app
-from fedtune.errors import ConfigError, Fault, FedtuneError, StoreError, UnreachableError
+from fedtune.errors import ConfigError, Fault, FedtuneError, StoreError, TemporaryError
 from tests.deployment.test_coordinator import RECIPE
 from tests.deployment.test_join import SITE as OWN
 from tests.link.ceremony import enroll_parties
@@ -63,7 +63,7 @@ def test_a_dry_run_asks_a_server_and_leaves_nothing(tmp_path: Path) -> None:
     ("error", "status"),
     [
         (StoreError("state: expected to write it; No space left on device"), 75),
-        (UnreachableError(Fault("link.address", "a server that can be reached", "61 s without a connection")), 75),
+        (TemporaryError(Fault("link.address", "a server that can be reached", "61 s without a connection")), 75),
         (StoreError("state: expected that no other process writes it"), 2),
         (ConfigError(Fault("name", "a name", "none")), 2),
     ],

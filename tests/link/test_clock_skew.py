@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.link.federation import federation
+from tests.link.harness import Clock
 from tests.link.link_server import run_link_server
 from tests.link.site import collect_one, post, run_site, until
 from tests.test_link import FLORA, SITE, SITES, last_state, reference
@@ -15,6 +16,9 @@ from tests.test_link import FLORA, SITE, SITES, last_state, reference
 HOUR_S = 3600
 SKEWS = [(1, -1), (-1, 1), (1, 0), (-1, 0)]
 """Hours of the server's clock and of one site's."""
+YEAR_S = 365.25 * 24 * HOUR_S
+WORDS = {1970: "the certificate of server begins on", 2090: "has ended by this clock, and the server has none newer"}
+"""What a site says whose clock shows such a year, while it tries again."""
 SKEWED = """
 import runpy, sys, time, types
 import fedtune.link, grpc._channel
@@ -45,6 +49,37 @@ def test_a_round_completes_where_clocks_differ_by_an_hour(tmp_path: Path, server
                 until(link, lambda number=number: running.kinds().count("receipt") == number)  # type: ignore[misc]
                 link.dispatcher.end_round(number)
         assert "refused" not in running.kinds()
+        assert len(running.trainer.done) == 2
+
+
+@pytest.mark.guarantee("G16")
+@pytest.mark.parametrize("year", [1970, 2090])
+def test_a_clock_that_jumps_to_another_age_and_back_costs_a_pause_and_nothing_else(
+    tmp_path: Path, year: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is trained, sent, believed or deleted meanwhile, and the same process goes on when the clock is right."""
+    monkeypatch.setattr("fedtune.link.client.client.WATCH_S", 0.02)
+    monkeypatch.setattr("fedtune.link.client.backoff.SERVER_PAUSE_S", 0.02)
+    with run_link_server(tmp_path) as link:
+        clock = Clock(time.time())
+        with run_site(link, now=clock) as running:
+            message_id = post(link, 1)
+            collect_one(link, message_id)
+            link.dispatcher.settle("site-a", 1, None)
+            until(link, lambda: "receipt" in running.kinds())
+            before = {path: path.read_bytes() for path in running.state.rglob("*") if path.is_file()}
+            right, clock.now = clock.now, (year - 1970) * YEAR_S
+            until(link, lambda: "refused" in running.kinds())
+            message_id = post(link, 2)
+            until(link, lambda: [kind for kind, _ in running.events].count("redial") > 0)
+            assert not link.dispatcher.collect([message_id])
+            reasons = {str(fields["reason"]) for kind, fields in running.events if kind == "refused"}
+            assert all(WORDS[year] in reason for reason in reasons), reasons
+            assert running.thread.is_alive()
+            assert len(running.trainer.done) == 1
+            assert all(path.read_bytes() == data for path, data in before.items())
+            clock.now = right
+            assert collect_one(link, message_id).client == "site-a"
         assert len(running.trainer.done) == 2
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import grpc
 
-from fedtune.errors import ConfigError, Fault, UnreachableError
+from fedtune.errors import ConfigError, Fault, TemporaryError
 from fedtune.link.audit_log import RecordEvent
 from fedtune.link.client.channel import TRANSIENT_STATUS, diagnose
 from fedtune.link.client.jobs import Job, StoppedError
@@ -119,7 +119,7 @@ class Backoff:
         if self._settings.patience_s and now - self._unreachable_since > self._settings.patience_s:
             waited = f"{now - self._unreachable_since:.0f} s without a connection"
             hint = "start join again later"
-            raise UnreachableError(Fault("link.address", "a server that can be reached", waited, hint))
+            raise TemporaryError(Fault("link.address", "a server that can be reached", waited, hint))
         # A random share of the limit: clients that lost the same server must not all come back at the same moment.
         self._failures = min(self._failures + 1, 30)
         doubled = self._settings.backoff_s * 2.0 ** min(self._failures - 1, MAX_DOUBLINGS)

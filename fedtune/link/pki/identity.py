@@ -10,9 +10,9 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from fedtune.errors import ConfigError, Fault, WireError
+from fedtune.errors import ConfigError, Fault, TemporaryError, WireError
 from fedtune.link.pki import certificates
-from fedtune.link.pki.roster import MAX_BYTES, Roster, decode
+from fedtune.link.pki.roster import MAX_BYTES, SKEW_S, Roster, decode
 from fedtune.link.pki.signing import public_bytes
 
 SIGN_KEY, TLS_KEY, CERTIFICATE, CA, ROOT, ROSTER = "sign.key", "tls.key", "tls.crt", "ca.crt", "root.pub", "roster"
@@ -79,11 +79,12 @@ def load_identity(folder: Path, *, role: str, now: int) -> Identity:
     if not is_issued:
         raise identity_error(f"a certificate signed by {folder / CA}", "one of another CA", ENROL_AGAIN)
     if now > not_after:
-        raise identity_error("a certificate that is valid", f"one that ended on {format_time(not_after)}", ENROL_AGAIN)
-    if now < not_before:
-        raise identity_error(
-            "a certificate that is valid", f"one that begins on {format_time(not_before)}", "check this clock"
-        )
+        hint = f"{ENROL_AGAIN}; or check this clock ({format_time(now)})"
+        raise identity_error("a certificate that is valid", f"one that ended on {format_time(not_after)}", hint)
+    if now < not_before - SKEW_S:
+        got, hint = f"one that begins on {format_time(not_before)}", f"check this clock ({format_time(now)})"
+        # Boards without a battery for their clock start in 1970, and are right as soon as the network is there.
+        raise TemporaryError(Fault("link.identity", "a certificate that is valid", got, hint))
     try:
         roster = decode(read_required(folder / ROSTER), root)
     except WireError as error:
