@@ -38,6 +38,7 @@ def request(
     ] = None,
     identity: IdentityOption = Path("identity"),
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Instead of NAME.request.json.")] = None,
+    code: Annotated[bool, typer.Option("--code", help="Print the request as a line to paste, too.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Create this party's keys, which stay here, and a request for the CA; run it again to renew a certificate."""
@@ -52,7 +53,8 @@ def request(
         typer.echo(f"wrote {path}; the keys stay in {identity}")
         typer.echo(f"fingerprint, to compare by voice with the person who signs: {fingerprint(data)}")
         typer.echo(f"next, at the CA: fedtune enroll sign {path}")
-        typer.echo(f"or send this line, and there: fedtune enroll sign CODE\n{codes.encode('request', data)}")
+        if code:
+            typer.echo(f"or send this line, and there: fedtune enroll sign CODE\n{codes.encode('request', data)}")
 
 
 @app.command(
@@ -77,6 +79,9 @@ def sign(
         typer.Option("--replace", help="Accept a new key, organisation or role of an enrolled party."),
     ] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Instead of NAME.bundle.json.")] = None,
+    code: Annotated[
+        bool, typer.Option("--code", help="Print the bundle as a line to paste, too, as for a request that came so.")
+    ] = False,
     debug: DebugOption = False,
 ) -> None:
     """Enter a party into the roster and sign its certificate, after its fingerprint has been compared."""
@@ -106,10 +111,8 @@ def sign(
         version = authority.current_roster(ca).version
         typer.echo(f"wrote {path}; the roster has version {version}")
         typer.echo(f"next, at {printable(applicant.name)}: fedtune enroll accept {path}")
-        if len(bundle) <= codes.MAX_BYTES and len(code := codes.encode("bundle", bundle)) <= codes.MAX_PASTED:
-            typer.echo(f"or send this line, and there: fedtune enroll accept CODE\n{code}")
-        else:
-            typer.echo("its code is too long for a message, with the roster in it: send the file")
+        if code or request == "-" or codes.START.match(request):
+            echo_code(bundle)
         typer.echo(f"and at the server: fedtune roster install {ca / authority.ROSTER}")
 
 
@@ -140,6 +143,16 @@ def accept(
         typer.echo(f"fingerprint of the federation's anchors, to compare with the CA's: {fingerprint(anchors)}")
         step = "fedtune serve RECIPE" if accepted.role == "coordinator" else "fedtune join SITE --dry-run"
         typer.echo(f"next: {step}")
+
+
+def echo_code(bundle: bytes) -> None:
+    """Print a bundle as a line to paste, if it is short enough."""
+    from fedtune.link.pki import codes
+
+    if len(bundle) <= codes.MAX_BYTES and len(line := codes.encode("bundle", bundle)) <= codes.MAX_PASTED:
+        typer.echo(f"or send this line, and there: fedtune enroll accept CODE\n{line}")
+    else:
+        typer.echo("its code is too long for a message, with the roster in it: send the file")
 
 
 def hosts(names: tuple[str, ...]) -> str:

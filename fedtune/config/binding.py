@@ -17,7 +17,7 @@ from fedtune.config.error_text import display, join_words, nearest, quote
 from fedtune.config.plugins import find_method, find_planner, method_names, planner_names
 from fedtune.config.presets import PRESETS, expand_preset
 from fedtune.config.reading import apply_overrides, read
-from fedtune.config.recipe import PYTHON, PYTHON_PLANNER, SECTIONS, Objects, Recipe
+from fedtune.config.recipe import AT_SITES, PYTHON, PYTHON_PLANNER, SECTIONS, Objects, Recipe
 from fedtune.config.rows import bind_devices, bind_overrides
 from fedtune.config.tables import AT_FAULT, bind_table, bind_value, freeze_table, unknown_keys
 from fedtune.data.settings import GROUP
@@ -46,6 +46,9 @@ STEPS = 10
 """Of a client in a round, where a recipe gives neither steps nor epochs."""
 CLIENTS = 4
 """Equal random parts of the rows of one file, where a recipe does not say who holds which."""
+
+DATA_AT_SITES = (f"data.source={AT_SITES!r}", 'data.split={ kind = "files" }')
+"""Of a recipe for sites, whose data are not here."""
 
 EVERY_LAYER: Mapping[str, Any] = {"rank": 1, "targets": ["all-linear"]}
 """The table `adapter` for methods that train none: which layers there are, all of them."""
@@ -78,6 +81,18 @@ def bind(
     if faults:
         raise ConfigError(faults, source=label)
     return with_absolute_paths(recipe, root)
+
+
+def bind_for_sites(source: Path | str | Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Recipe:
+    """Return a recipe whose data may stay at the sites: its table `data` needs no source.
+
+    Raises:
+        ConfigError: as `bind`.
+    """
+    *_, tables = read(source)
+    data = tables.get("data", {})
+    at_sites = DATA_AT_SITES if isinstance(data, Mapping) and "source" not in data else ()
+    return bind(source, overrides=(*at_sites, *overrides))
 
 
 def bind_sections(table: Mapping[str, Any], objects: Objects, faults: list[Fault]) -> dict[str, Any]:

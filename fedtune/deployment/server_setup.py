@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from datetime import date
 from functools import partial
 
-from fedtune.config import Recipe, bind
-from fedtune.config.reading import read
-from fedtune.config.recipe import AT_SITES, largest_rank, method_of
+from fedtune.config import Recipe, bind_for_sites
+from fedtune.config.recipe import largest_rank, method_of
 from fedtune.devices.measured_clock import MeasuredClock
 from fedtune.errors import ConfigError, Fault
 from fedtune.flower.grid_transport import GridTransport
@@ -29,8 +28,6 @@ from fedtune.store import peft
 from fedtune.store.pruning import read_moments, read_ranking
 from fedtune.store.run_journal import RunJournal
 
-SOURCE_AT_SITES, SPLIT_AT_SITES = f"data.source={AT_SITES!r}", 'data.split={ kind = "files" }'
-
 
 def data_at_sites(source: str, *, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe of a TOML text or a path; its table `data` needs no source, since the data stay at the sites.
@@ -39,10 +36,7 @@ def data_at_sites(source: str, *, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: with every fault.
     """
     # Every site has data of its own; a table in the recipe could only be wrong for some of them.
-    *_, tables = read(source)
-    data = tables.get("data", {})
-    at_sites = (SOURCE_AT_SITES, SPLIT_AT_SITES) if isinstance(data, Mapping) and "source" not in data else ()
-    bound = bind(source, overrides=(*at_sites, *overrides))
+    bound = bind_for_sites(source, overrides=overrides)
     return replace(bound, model=same_everywhere(bound.model))
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fedtune.client.site import blocks
-from fedtune.config import bind
+from fedtune.config import bind_for_sites
 from fedtune.config.recipe import sized_adapter
 from fedtune.directions.kron import Kron
 from fedtune.directions.seed_ledger import SeedLedger
@@ -133,7 +133,7 @@ def read_source(source: str | Path) -> Source:
     adapter, root, seed = AdapterSettings(rank=1), Path(), 0
     is_run = (path / "recipe.toml").is_file()
     if is_run or path.suffix == ".toml":
-        recipe = bind_to_score(path) if is_run else bind(path)
+        recipe = bind_to_score(path) if is_run else bind_for_sites(path)
         model, adapter, root, seed = recipe.model, sized_adapter(recipe), recipe.root, recipe.seed
     else:
         model = ModelSettings(base=str(source))

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import Recipe, bind, render
+from fedtune.config import bind_for_sites, render
 from fedtune.config.pinning import pin_digest
-from fedtune.config.reading import read
 from fedtune.config.recipe import AT_SITES
 from fedtune.devices.machine import available_bytes
 from fedtune.errors import ConfigError, Fault
@@ -17,9 +16,6 @@ from fedtune.rounds.schedule import rate_text
 from fedtune.runs.bill import Bill, bill_of
 from fedtune.runs.start import saturation_notes
 from fedtune.store.files import write_text
-
-AT_SITES_OVERRIDES = (f"data.source={AT_SITES!r}", 'data.split={ kind = "files" }')
-"""Of a recipe for sites, whose data are not here."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ def plan(
     Raises:
         ConfigError: with what is wrong with recipe, data or base.
     """
-    bound = bound_recipe(recipe, overrides)
+    bound = bind_for_sites(recipe, overrides=overrides)
     if pin:  # the digest that the file has may be the one to be replaced
         bound = replace(bound, model=replace(bound.model, digest=None))
     from fedtune.runs.local import Experiment, prepare, sites_experiment
@@ -72,14 +68,6 @@ def plan(
         write_text(path, pin_digest(path.read_text(encoding="utf-8"), digest, label=path.name))
         notes.append(f"wrote model.digest into {path}")
     return Planned(render(whole), notes, bill_of_experiment(experiment, measure=measure))
-
-
-def bound_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Recipe:
-    """Return the bound recipe; one for sites needs no source of data."""
-    *_, tables = read(recipe)
-    data = tables.get("data", {})
-    at_sites = AT_SITES_OVERRIDES if isinstance(data, Mapping) and "source" not in data else ()
-    return bind(recipe, overrides=(*at_sites, *overrides))
 
 
 def bill_of_experiment(experiment: Any, *, measure: bool) -> Bill | None:

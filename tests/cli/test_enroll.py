@@ -35,6 +35,8 @@ def test_a_site_is_enrolled_step_by_step_and_each_step_names_the_next() -> None:
     asked = run("enroll", "request", "--name", "site-a", "--org", "hospital-a")
     assert "next, at the CA: fedtune enroll sign site-a.request.json" in asked
     signed = run("enroll", "sign", "site-a.request.json", "--fingerprint", read_out(asked).upper())
+    assert "fedtune.request." not in asked
+    assert "fedtune.bundle." not in signed
     assert "site-a, client of hospital-a" in signed
     assert "next, at site-a: fedtune enroll accept site-a.bundle.json" in signed
     accepted = run("enroll", "accept", "site-a.bundle.json")
@@ -44,7 +46,7 @@ def test_a_site_is_enrolled_step_by_step_and_each_step_names_the_next() -> None:
 
 def test_requests_and_bundles_travel_as_pasted_lines(folder: Path) -> None:
     run("ca", "init", "ca", "--federation", "care")
-    asked = run("enroll", "request", "--name", "site-a", "--org", "o")
+    asked = run("enroll", "request", "--name", "site-a", "--org", "o", "--code")
     code = asked.splitlines()[-1]
     (folder / "site-a.request.json").unlink()
     wrapped = f"[10:42] site-a:\n{code[:70]}\n> {code[70:]}\n"
@@ -61,7 +63,7 @@ def test_a_bundle_too_long_to_paste_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("fedtune.link.pki.codes.MAX_PASTED", 1500)
     run("ca", "init", "ca", "--federation", "care")
     asked = run("enroll", "request", "--name", "site-a", "--org", "o")
-    signed = run("enroll", "sign", "site-a.request.json", "--fingerprint", read_out(asked))
+    signed = run("enroll", "sign", "site-a.request.json", "--fingerprint", read_out(asked), "--code")
     assert "send the file" in signed
     assert "fedtune.bundle." not in signed
 
