@@ -23,7 +23,7 @@ from fedtune.model.onnx_reference import in_float32
 from fedtune.probing.rows import PaddedRows
 from fedtune.rounds.events import Phase
 from fedtune.runs import edge_bundle
-from fedtune.runs.edge_bundle import export_bundle, rounded_axes, write_bundle
+from fedtune.runs.edge_bundle import export_bundle, read_source, rounded_axes, write_bundle
 from tests.conftest import kseed
 from tests.edge.tiny_models import tiny_base
 from tests.link.ceremony import enroll_parties
@@ -76,6 +76,14 @@ def test_the_base_of_a_recipe_is_the_one_that_its_sites_hold(
     assert {name.rpartition(".")[2] for name in bundle.facts.modules} == {"q_proj", "down_proj"}
     assert write.difference < 1e-4
     assert json.loads((tmp_path / "bundle" / "fedtune.json").read_text())["bundle"]["dtype"] == "float32"
+
+
+def test_a_recipe_needs_no_data_which_are_at_the_sites(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'model = {{ base = "{checkpoints["llama"]}" }}\nmethod = {{ name = "fedkseed", bank = "kron" }}\n'
+    )
+    assert read_source(recipe).model.base == str(checkpoints["llama"])
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
