@@ -50,7 +50,7 @@ def test_a_model_becomes_a_signed_bundle(
     assert (bundle.facts.family, bundle.facts.positions, bundle.facts.eos_ids, bundle.facts.bos_id) == (
         "llama", 128, (2,), 1,
     )  # fmt: skip
-    assert bundle.facts.anatomy == blocks(edge_bundle.load_base(checkpoints["llama"]))
+    assert bundle.facts.anatomy == blocks(edge_bundle.load_base(read_source(checkpoints["llama"])))
     assert bundle.facts.anatomy is not None
     assert written.difference < 1e-5
     assert sum(written.sizes.values()) == sum(file.stat().st_size for file in out.iterdir())
