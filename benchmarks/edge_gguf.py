@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=CASES, choices=(*CASES, "process"))
     parser.add_argument("--kinds", nargs="*", default=["F16", "Q8_0", "Q4_1"])
     parser.add_argument("--data", default="../shared/data/dolly/train.jsonl")
+    parser.add_argument("--spread", type=int, default=0, help="of the state at which slopes are taken, in 2^-26")
     parser.add_argument("--directions", type=int, default=50)
     parser.add_argument("--tokens", type=int, nargs="*", default=[32, 64, 128], help="of a row")
     parser.add_argument("--ranks", type=int, nargs="*", default=[16, 32, 64])
@@ -161,7 +162,7 @@ def trainable_of(base: Any) -> Sequence[int]:
 def slope(file: Path, kind: str, args: argparse.Namespace) -> None:
     """Print correlations of slopes: of the expanded way with torch, and of the rounded way with the expanded."""
     base = torch_base(file)
-    ledger, trainable = ledger_of(base, spread=3000), trainable_of(base)
+    ledger, trainable = ledger_of(base, spread=args.spread), trainable_of(base)
     runtime = GgufRuntime(GgufFile(file), base.manifest, eos_ids=(), threads=1)
     seeds = np.random.default_rng(1).integers(0, RANK * RANK, args.directions)
     cases = [(eps, args.tokens[0]) for eps in EPS]
@@ -173,7 +174,8 @@ def slope(file: Path, kind: str, args: argparse.Namespace) -> None:
             with rounding():
                 noisy = slopes(position, rows, seeds, eps)
                 tiny = slopes(position, rows, seeds[:8], 1e-6)
-            line: dict[str, Any] = {"case": "slope", "kind": kind, "eps": eps, "tokens": tokens, "n": len(seeds)}
+            line: dict[str, Any] = {"case": "slope", "kind": kind, "spread": args.spread, "eps": eps, "tokens": tokens}
+            line["n"] = len(seeds)
             if (eps, tokens) == cases[0]:
                 torch = torch_slopes(base, ledger, trainable, examples(texts(base, args.data, tokens, 1)), seeds, eps)
                 line |= {"expanded_with_torch": correlation(exact, torch), "worst": float(np.abs(exact - torch).max())}

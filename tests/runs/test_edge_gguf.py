@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app
+from fedtune.client import site as torch_site
+from fedtune.directions.downlink import encode_whole
 from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.edge import gguf_forward, gguf_runtime
+from fedtune.edge import site as edge_site
 from fedtune.edge.bundle import read_bundle
 from fedtune.edge.runtime import load_runtime
 from fedtune.errors import ConfigError, StoreError
 from fedtune.link.provenance import load_roster
+from fedtune.messages import Assignment, Plan, ProbeResult, ProbeSeeds, SeedState, Training
 from fedtune.model.base import load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.probing.rows import pad
 from fedtune.runs.edge_gguf import export_gguf_bundle
-from tests.edge.gguf_models import Twins, examples, twins
+from fedtune.wire.codec import decode_assignment, encode_assignment
+from fedtune.wire.profile import difference
+from tests.edge.gguf_models import EXPONENT, Twins, examples, twins
 from tests.link.ceremony import enroll_parties
 
 NOW = int(time.time())
@@ -104,3 +112,51 @@ def test_a_damaged_file_is_refused_in_one_line(pair: Twins, tmp_path: Path) -> N
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
     assert "expected a whole GGUF file at" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+SITE = """
+name = "ann"
+[model]
+base = "{}"
+{}
+[data]
+source = "rows.jsonl"
+held_out = 0.25
+max_tokens = 24
+[policy]
+min_examples = 1
+unsigned_base = true
+"""
+
+
+def test_a_device_sends_what_a_client_with_torch_sends_over_the_same_file(pair: Twins, tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"the quick fox {'and ' * (i % 5)} over the dog {i}"}) for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    export_gguf_bundle(pair.file, tmp_path / "bundle")
+    (tmp_path / "full.toml").write_text(SITE.format(pair.file, '[adapter]\ntargets = ["all-linear"]'))
+    (tmp_path / "small.toml").write_text(SITE.format("bundle", ""))
+    full, device = torch_site.from_file(str(tmp_path / "full.toml")), edge_site.from_file(str(tmp_path / "small.toml"))
+    theirs, ours = full.profile(), device.profile()
+    assert difference(theirs.foundation, ours.foundation) == ""
+    assert (ours.num_examples, ours.held_out) == (theirs.num_examples, theirs.held_out)
+    updates = [site.perform(order(pair)) for site in (full, device)]
+    results = [update.result for update in updates if isinstance(update.result, ProbeResult)]
+    assert len(results) == 2
+    assert results[0].state == results[1].state != b""
+    assert results[0].checks == results[1].checks
+    # Losses differ by 1e-6: an integer may fall on the other side of a rounding, and no farther.
+    scalars = [result.scalars.astype(int) for result in results]
+    assert np.abs(scalars[0] - scalars[1]).max() <= 1
+    assert np.abs(scalars[0]).max() > 3
+    assert updates[0].measured.loss_after == pytest.approx(updates[1].measured.loss_after, abs=1e-3)
+
+
+def order(pair: Twins) -> Assignment:
+    """Return an order of FedKSeed over the twins' ledger."""
+    sent = pair.ledger
+    state = SeedState("whole", 0, encode_whole(sent.accumulators), sent.round, sent.digest)
+    task = ProbeSeeds("kron", 16, sent.bank.key, exponent=EXPONENT, shift=11, perturbation=30_000, state=state)
+    training = Training(batch=3, learning_rate=1e-4, steps=6)
+    sent_order = Assignment("fedkseed", 2, 9, Plan("ann", 1, 1.0, training), task, base=pair.base.digest)
+    encoded = encode_assignment(sent_order)
+    return decode_assignment(encoded.header, encoded.blobs)
