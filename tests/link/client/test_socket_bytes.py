@@ -5,13 +5,15 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from fedtune.link.client import socket_bytes
 from fedtune.link.client.socket_bytes import SocketBytes, SocketMeter, dialled_port, open_connections
 from fedtune.link.settings import JoinSettings
-from tests.link.link_server import LinkServer
+from tests.link.link_server import SETTINGS, LinkServer, run_link_server
 from tests.link.proxy import Fate, proxy
 from tests.link.site import collect_one, post, run_site, until
 
@@ -34,6 +36,22 @@ def test_the_bytes_of_a_round_are_those_that_a_forwarder_counts(link: LinkServer
                 # Signs of life may travel before and after the event that is read here.
                 assert payload < event[name] < payload + 12_000
                 assert abs(event[name] - (after[place] - before[place])) < 4_000
+
+
+def test_a_round_of_200_directions_takes_little_more_than_a_kilobyte_on_the_line(tmp_path: Path) -> None:
+    """257 bytes of payload: with signature, names, digests, TLS and HTTP/2, from one receipt to the next."""
+    with run_link_server(tmp_path, replace(SETTINGS, inline_kib=64, hold_s=20)) as link, run_site(link) as running:
+        until(link, lambda: "loaded" in running.kinds())
+        running.trainer.size = 257
+        for number in (1, 2, 3):
+            collect_one(link, post(link, number))
+            link.dispatcher.settle("site-a", number, None)
+            until(link, lambda number=number: running.kinds().count("trained") == number)  # type: ignore[misc]
+        rounds = [fields for kind, fields in running.events if kind == "trained"]
+        assert {fields["up"] for fields in rounds} == {257}
+        assert all(257 < fields["line_up"] < 1_300 for fields in rounds[1:]), rounds
+        assert all(fields["line_down"] < 2_000 for fields in rounds[1:]), rounds
+        assert rounds[0]["line_up"] < 5_000  # with the handshake, in which the site sends its certificate
 
 
 def test_only_connections_to_the_server_count() -> None:

@@ -4,6 +4,8 @@ import errno
 import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -166,3 +168,56 @@ def test_whatever_ends_a_request_is_a_reason_without_a_word_of_the_data(
 
     failed = training_server.handle(broken, "site.toml", {"do": "perform"})["failed"]
     assert failed == f"expected an answer; got {error.__name__}; this site's own log says where"
+
+
+SERVED = """
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from fedtune.errors import ClientError
+from fedtune.link.client import conditions, training_server
+from fedtune.link.settings import Policy
+
+conditions.POLL_S = 0.01
+training_server.BEAT_S = 0.01
+
+@dataclass
+class Stepping:
+    on_step: Any
+    client, scores = "site-a", "send"
+    def perform(self, assignment):
+        for step in (1, 2, 3):
+            self.on_step(step, 3)
+        raise ClientError("three steps are done")
+
+def load(site, on_step):
+    return Stepping(on_step)
+
+state = Path(sys.argv[1])
+training_server.serve(sys.argv, load, lambda site: conditions.Conditions(Policy(), state))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_paused_waits_between_two_steps_and_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "front").write_bytes(encode_assignment(assignment()).header)
+    pause.pause(tmp_path, None)
+    request = {"do": "perform", "folder": str(tmp_path), "bodies": [], "into": str(tmp_path / "update")}
+    theirs, requests = os.pipe()
+    replies, theirs_out = os.pipe()
+    their_life, life = os.pipe()
+    given = (theirs, theirs_out, their_life)
+    command = [sys.executable, "-c", SERVED, str(tmp_path), *map(str, given)]
+    with subprocess.Popen(command, pass_fds=given) as process, os.fdopen(replies) as lines:
+        for descriptor in given:
+            os.close(descriptor)
+        os.write(requests, json.dumps(request).encode() + b"\n")
+        waiting = json.loads(next(line for line in lines if "waits" in line))
+        assert (waiting["at"][:2], waiting["waits"]) == ([1, 3], PAUSED)
+        pause.resume(tmp_path)
+        failed = json.loads(next(line for line in lines if "failed" in line))
+        assert failed == {"failed": "three steps are done"}
+        os.close(requests)
+        assert process.wait(60) == 0
+    os.close(life)
