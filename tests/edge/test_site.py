@@ -21,9 +21,11 @@ from fedtune.edge.current_model import read_model
 from fedtune.edge.site import EdgeSite
 from fedtune.errors import ClientError, ConfigError, WireError
 from fedtune.messages import (
+    AdmittedUpdate,
     Assignment,
     ClientUpdate,
     Plan,
+    PlannedClient,
     ProbeResult,
     ProbeSeeds,
     ScoreRequest,
@@ -31,9 +33,12 @@ from fedtune.messages import (
     Training,
     TrainLora,
 )
+from fedtune.methods import fedkseed
+from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState
 from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
-from fedtune.wire.codec import decode_assignment, encode_assignment, encode_update
+from fedtune.probing.replica import Replicas
+from fedtune.wire.codec import decode_assignment, decode_update, encode_assignment, encode_update
 from fedtune.wire.profile import difference, encode_profile
 from tests.edge.torch_runtime import TorchRuntime, base_bundle
 
@@ -196,6 +201,46 @@ def test_a_device_that_restarts_knows_the_last_state_that_it_was_sent(
     known = again.replicas.get(BANKS["kron"](SIZE, KEY), base.manifest.digest, 7)
     assert known is not None
     assert known.tolist() == ledger(base, 7).accumulators.tolist()
+
+
+def after_rounds(base: Base, sites: dict[str, Any]) -> FedKSeedState:
+    """Return the state after four rounds, the first of which measures the step: bob misses two, cara comes late."""
+    settings = FedKSeedSettings(bank="kron", seeds=SIZE, perturbation=2.0**-7)
+    state = fedkseed.init(base.blueprint(max_rank=1, seed=0, whole=True), settings)
+    training = Training(batch=3, learning_rate=0.01, steps=4)
+    for absent in (["cara"], ["bob", "cara"], ["bob", "cara"], []):
+        updates = []
+        for name in sorted(sites.keys() - set(absent)):
+            encoded = encode_assignment(fedkseed.assign(state, 0, PlannedClient(Plan(name, 1, 1.0, training))))
+            asked = decode_assignment(encoded.header, encoded.blobs)
+            data = encode_update(sites[name].perform(asked))
+            update = AdmittedUpdate(decode_update(data, client=name, limit_bytes=10**6, task=ProbeSeeds))
+            # A client that missed rounds has caught up with this one message, and holds the state that the server has.
+            assert not update.probe.lost
+            assert fedkseed.refuse(state, update) == ""
+            assert len(data) <= 260
+            updates.append(update)
+        state = fedkseed.aggregate(state, updates)
+    return state
+
+
+def test_rounds_of_devices_and_torch_end_at_the_bits_of_rounds_of_torch_alone(
+    device: EdgeSite, full: torch_site.Site, base: Base, tmp_path: Path
+) -> None:
+    devices = {
+        name: replace(device, client=name, replicas=Replicas(), state=tmp_path / name) for name in ("bob", "cara")
+    }
+    clients = {name: replace(full, client=name, replicas=Replicas()) for name in ("ann", "bob", "cara")}
+    mixed = after_rounds(base, {"ann": clients["ann"], **devices})
+    clients["ann"] = replace(full, replicas=Replicas())
+    alone = after_rounds(base, clients)
+    assert mixed.round == 4
+    assert mixed.sums.any()
+    assert mixed.digest == alone.digest
+    for name in devices:
+        stored = read_model(tmp_path / name)
+        assert stored is not None
+        assert stored.ledger.round == 3
 
 
 def test_a_damaged_model_file_costs_no_round(
