@@ -40,7 +40,7 @@ def edge_page() -> str:
 
 def section(name: str, own: argparse.ArgumentParser) -> str:
     command = commands()[name]
-    usage = " ".join(own.format_usage().removeprefix("usage: ").replace(" [-h]", "").split())
+    usage = own.format_usage().removeprefix("usage: ").replace(" [-h]", "").replace("\n       ", "\n").rstrip()
     parts = [f"## {PROGRAM} {name}", f"{own.description}", f"```text\n{usage}\n```"]
     parts.append("\n".join(option_line(action) for action in options_of(own)))
     if command.examples:

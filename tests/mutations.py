@@ -434,6 +434,15 @@ FAULTS = (
           "a device takes a bundle for another bank"),
     Fault("report/protocols.py", "(cost <= budget)", "(cost <= budget + cost[1])",
           "a recipe may spend a round more than its budget"),
+    Fault("report/robustness.py", 'if client.status != "unfit"', "if True",
+          "clients that were never asked count as updates"),
+    # Energy: what is counted, and what leaves.
+    Fault("link/client/training_server.py", "if energy.send:", "if True:",
+          "the joules of a machine leave a site that keeps them"),
+    Fault("link/client/energy_meter.py", "% limit", "% 1e99",
+          "a counter of energy that began again takes the range off"),
+    Fault("devices/simulated_clock.py", "work_s=compute + profile.overhead_s", "work_s=compute",
+          "a device that loads a model takes no energy"),
     # Graphs for devices: what they compute, and what a device lets in.
     Fault("model/onnx_graph.py", "if unread := sorted(names_of(weights) - {*body.used, *head.used}):",
           "if unread := ():", "a graph leaves out a tensor of its base"),

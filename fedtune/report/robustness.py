@@ -57,7 +57,7 @@ def lost_updates(run: Run) -> float:
         client.status
         for record in training_rounds(run)
         for client in record.clients.values()
-        if client.status != "unfit"
+        if client.status != "unfit"  # those had no assignment
     ]
     return sum(status != "ok" for status in asked) / len(asked) if asked else math.nan
 
