@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedtune.link.client.outbox import load_entries
+from fedtune.link.envelopes import digest
 from fedtune.messages import ProbeResult, ProbeSeeds
 from fedtune.wire.codec import decode_update, parse
 from fedtune.wire.v1 import link_pb2 as pb
-from tests.link.federation import Federation
+from tests.link.federation import END_S, Federation
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ("sh", "tar", "gzip", "sha256sum", "tail", "mkdir", "mv", "rm", "ls", "grep", "sync", "uname")
@@ -52,10 +53,13 @@ def join_binary(fed: Federation, name: str, binary: Path, home: Path) -> subproc
 
 
 def kill_group(fed: Federation, name: str) -> None:
-    """Kill a site's process group, as the loss of power would."""
+    """Kill a site's process group, as the loss of power would, and wait until nothing of it runs."""
     process = fed.processes.pop(name)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    # It ends with the last process that writes there: the one that trains, too.
+    for reader in (thread for thread in fed.readers if thread.name == f"output of {process.pid}"):
+        reader.join(END_S)
 
 
 def processes_of(text: str) -> list[int]:
@@ -85,3 +89,11 @@ def states_by_round(fed: Federation, name: str) -> Mapping[int, str]:
                     result.setdefault(update.round, set()).add(update.result.state.hex())
     assert all(len(states) == 1 for states in result.values()), result
     return {number: states.pop() for number, states in result.items()}
+
+
+def answers_of(fed: Federation, name: str) -> Mapping[str, str]:
+    """Return the digest of a site's stored reply by that of its order, of all rounds but the first messages."""
+    state = fed.folder / name / "state"
+    entries = [entry for run in state.glob("runs/*") for entry in load_entries(state, run.name)]
+    replies = [(entry, entry.reply()) for entry in entries if entry.header.round]
+    return {entry.digest.hex(): digest(reply.envelope).hex() for entry, reply in replies if reply is not None}

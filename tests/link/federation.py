@@ -84,7 +84,7 @@ class Federation:
             text=True,
         )
         self.processes[name] = process
-        reader = threading.Thread(target=self._read, args=(name, process))
+        reader = threading.Thread(target=self._read, args=(name, process), name=f"output of {process.pid}")
         reader.start()
         self.readers.append(reader)
         return process
