@@ -7,6 +7,9 @@ import sys
 
 from fedtune.cli.edge_options import DONE, add_site, ask, train_command
 
+IDLE_S = 600.0
+"""Seconds without work after which base and runtime leave the memory; the state is read from the device's disk again."""
+
 
 def add_arguments(own: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
@@ -43,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
             agree=agree,
             suits=check_recipe,
             command=train_command(),
+            idle_s=IDLE_S,
         )
 
     until_signal(work)

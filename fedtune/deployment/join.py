@@ -96,6 +96,7 @@ def join(
     agree: Callable[[str], bool] = lambda recipe: False,
     suits: CheckRecipe | None = None,
     command: Sequence[str] | None = None,
+    idle_s: float | None = None,
     trainer: Trainer | None = None,
 ) -> End:
     """Connect, and do the tasks that the site's policy allows until the run is complete.
@@ -108,6 +109,8 @@ def join(
         suits: checks before that whether this program can do what the recipe asks; None: it can do all.
         command: starts the process that trains, and gets the site's file and three descriptors as last arguments; None:
             that of the client with torch.
+        idle_s: without work for so long that process is ended; None: never, since a client with torch would forget the
+            state that short messages of `fedkseed` refer to.
         trainer: trains in place of such a process.
 
     Raises:
@@ -130,7 +133,11 @@ def join(
             record_all("warning", text=text)
         if trainer is None:
             process = make_trainer(
-                command or TORCH_PROCESS, site, record_all, max_memory_gib=setup.settings.policy.max_memory_gib
+                command or TORCH_PROCESS,
+                site,
+                record_all,
+                max_memory_gib=setup.settings.policy.max_memory_gib,
+                idle_s=idle_s,
             )
             stack.callback(process.close)
             trainer = process
@@ -163,13 +170,21 @@ def takes_part(suits: CheckRecipe | None, agree: Callable[[str], bool] | None, g
 
 
 def make_trainer(
-    command: Sequence[str], site: Path, record: RecordEvent, *, max_memory_gib: float | None = None
+    command: Sequence[str],
+    site: Path,
+    record: RecordEvent,
+    *,
+    max_memory_gib: float | None = None,
+    idle_s: float | None = None,
 ) -> ProcessTrainer:
     """Return a trainer in a process of its own, which loads base and data of a site's file."""
     # A process of its own: it may run out of memory and die without ending the connection.
     max_bytes = None if max_memory_gib is None else int(max_memory_gib * GIB)
     return ProcessTrainer(
-        [*command, str(site.resolve())], max_bytes=max_bytes, on_exit=lambda reason: record("died", reason=reason)
+        [*command, str(site.resolve())],
+        max_bytes=max_bytes,
+        on_exit=lambda reason: record("died", reason=reason),
+        idle_s=idle_s,
     )
 
 

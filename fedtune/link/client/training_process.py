@@ -86,6 +86,7 @@ class ProcessTrainer:
         *,
         max_bytes: int | None = None,
         on_exit: Callable[[str], None] = lambda reason: None,
+        idle_s: float | None = None,
     ) -> None:
         """Bind a command, which is started when it is first needed.
 
@@ -94,6 +95,7 @@ class ProcessTrainer:
                 of one whose end means that this process has gone.
             max_bytes: main memory, above which the process is ended; None: no limit.
             on_exit: called with the reason when the process has ended without being asked to.
+            idle_s: without a request for so long the process is ended, which gives its memory back; None: never.
         """
         self._command, self._max_bytes, self._on_exit = tuple(command), max_bytes, on_exit
         # One request at a time: requests and replies share two pipes.
@@ -104,6 +106,8 @@ class ProcessTrainer:
         self._requests = self._replies = self._life = -1
         self._unread = b""  # of the pipe of replies, behind the line that was read last
         self._progress = WorkProgress()
+        self._idle_s = idle_s
+        self._idle: threading.Timer | None = None
 
     def profile(self, into: Path, labels: Sequence[str] = ()) -> None:
         try:
@@ -139,6 +143,20 @@ class ProcessTrainer:
 
     def close(self) -> None:
         """End the process."""
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle.join()
+        self._end()
+
+    def _end_idle(self) -> None:
+        # A request that has come meanwhile holds the lock, and goes first.
+        if self._lock.acquire(blocking=False):
+            try:
+                self._end()
+            finally:
+                self._lock.release()
+
+    def _end(self) -> None:
         process = self._process
         if process is None:
             return
@@ -153,32 +171,43 @@ class ProcessTrainer:
 
     def _ask(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         with self._lock:
-            if self._process is None:
-                self._start()
+            if self._idle is not None:
+                self._idle.cancel()
             try:
-                os.write(self._requests, json.dumps(request).encode() + b"\n")
-                while (line := self._read_line()).endswith(b"\n"):
-                    reply: Mapping[str, Any] = json.loads(line)
-                    if "at" not in reply:
-                        return reply
-                    done, total, cpu_ms = reply["at"]
-                    self._progress = WorkProgress(done, total, cpu_ms, reply.get("waits", ""))
-            except BrokenPipeError:
-                pass
-            assert self._process is not None
-            self._close_pipes()
-            code, asked = self._process.wait(), self._process is self._killed
-            excessive = self._process is self._excessive
-            self._process = None
-            status = f"killed by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
-            reason = f"the training process ended ({status})"
-            if excessive:
-                # In these words a planner reads that the device cannot hold so much.
-                limit = (self._max_bytes or 0) / GIB
-                reason = f"{OUT_OF_MEMORY}: the training process took more than policy.max_memory_gib = {limit:g}"
-            if not asked:
-                self._on_exit(reason)
-            raise ClientError(f"expected an update; {reason}; this site's own log says more")
+                return self._exchange(request)
+            finally:
+                if self._idle_s is not None and self._process is not None:
+                    self._idle = threading.Timer(self._idle_s, self._end_idle)
+                    self._idle.daemon = True
+                    self._idle.start()
+
+    def _exchange(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self._process is None:
+            self._start()
+        try:
+            os.write(self._requests, json.dumps(request).encode() + b"\n")
+            while (line := self._read_line()).endswith(b"\n"):
+                reply: Mapping[str, Any] = json.loads(line)
+                if "at" not in reply:
+                    return reply
+                done, total, cpu_ms = reply["at"]
+                self._progress = WorkProgress(done, total, cpu_ms, reply.get("waits", ""))
+        except BrokenPipeError:
+            pass
+        assert self._process is not None
+        self._close_pipes()
+        code, asked = self._process.wait(), self._process is self._killed
+        excessive = self._process is self._excessive
+        self._process = None
+        status = f"killed by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+        reason = f"the training process ended ({status})"
+        if excessive:
+            # In these words a planner reads that the device cannot hold so much.
+            limit = (self._max_bytes or 0) / GIB
+            reason = f"{OUT_OF_MEMORY}: the training process took more than policy.max_memory_gib = {limit:g}"
+        if not asked:
+            self._on_exit(reason)
+        raise ClientError(f"expected an update; {reason}; this site's own log says more")
 
     def _start(self) -> None:
         child_requests, self._requests = os.pipe()

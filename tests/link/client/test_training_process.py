@@ -65,6 +65,38 @@ def test_one_process_does_everything_until_it_is_closed(
     trainer.close()  # again changes nothing
 
 
+def test_a_process_without_work_gives_its_memory_back_and_starts_again_with_the_next(
+    tmp_path: Path, died: list[str]
+) -> None:
+    trainer = ProcessTrainer([sys.executable, "-c", SCRIPT], on_exit=died.append, idle_s=0.01)
+    trainer.perform(tmp_path, [], tmp_path / "a")
+    first, timer = int((tmp_path / "a").read_text().split()[0]), trainer._idle
+    assert timer is not None
+    timer.join()
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+    trainer.perform(tmp_path, [], tmp_path / "b")
+    assert int((tmp_path / "b").read_text().split()[0]) != first
+    assert not died  # it is no news
+    trainer.close()
+
+
+def test_a_process_with_work_is_not_idle(tmp_path: Path) -> None:
+    trainer = ProcessTrainer([sys.executable, "-c", SCRIPT], idle_s=1000.0)
+    trainer.perform(tmp_path, [], tmp_path / "a")
+    first = trainer._idle
+    trainer.perform(tmp_path, [], tmp_path / "b")
+    assert (tmp_path / "a").read_text().split()[0] == (tmp_path / "b").read_text().split()[0]
+    assert first is not None
+    assert first.finished.is_set()  # cancelled
+    assert trainer._idle is not first
+    with trainer._lock:  # as while a request is under way
+        trainer._end_idle()
+    assert trainer._process is not None
+    trainer.close()
+    assert trainer._process is None
+
+
 def test_what_it_cannot_do_is_its_reason(trainer: ProcessTrainer, tmp_path: Path) -> None:
     with pytest.raises(ClientError, match="expected a base; got none"):
         trainer.perform(tmp_path, [], tmp_path / "fail")
