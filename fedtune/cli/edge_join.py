@@ -8,7 +8,7 @@ import sys
 from fedtune.cli.edge_options import DONE, add_site, ask, train_command
 
 IDLE_S = 600.0
-"""Seconds without work after which base and runtime leave the memory; the state is read from the device's disk again."""
+"""Seconds without work after which base and runtime leave the memory; state is read from the device's disk again."""
 
 
 def add_arguments(own: argparse.ArgumentParser) -> None:
