@@ -155,6 +155,8 @@ class Policy:
     max_temperature_c: Annotated[float, Ge(20), Le(120)] | None = None
     """Temperature of the hottest part that the machine tells of, above which the site waits until it is 3 °C below.
     none: no limit."""
+    min_free_mib: Annotated[int, Ge(0)] = 512
+    """Disk space that stays free, whatever an order brings: other programs of the machine may need it."""
     columns: Sequence[str] = ()
     """Columns of the site's files that may become training text; empty: those that the table `data` names."""
     labels: Literal["send", "keep"] = "send"

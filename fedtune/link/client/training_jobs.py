@@ -42,9 +42,6 @@ from fedtune.wire.codec import MAX_HEADER_BYTES
 from fedtune.wire.profile import decode_terms
 from fedtune.wire.v1 import link_pb2 as pb
 
-MIN_FREE_BYTES = 512 * MIB
-"""Of this site's disk that stay free, whatever a task brings: its own databases may live there, too."""
-
 Work: TypeAlias = Callable[[Path, Sequence[str], Path], Mapping[str, float]]
 """What a trainer does with the files of a task."""
 
@@ -241,7 +238,7 @@ class TrainingJobs:
 
     def _free_bytes(self) -> int:
         """Return how many bytes may be written without taking what must stay free of this site's disk."""
-        return free_bytes(self._state) - MIN_FREE_BYTES
+        return free_bytes(self._state) - self._rules.min_free_mib * MIB
 
     def _make_scores(
         self, job: Job, entry: Entry, inline: Mapping[bytes, bytes], greeting: Greeting

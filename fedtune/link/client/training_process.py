@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedtune.errors import ClientError, ConfigError, Fault
+from fedtune.errors import ClientError, ConfigError, Fault, TemporaryError
 from fedtune.link.client.memory_watch import watch_memory
 from fedtune.link.settings import GIB
 from fedtune.messages import OUT_OF_MEMORY
@@ -115,7 +115,9 @@ class ProcessTrainer:
         except ClientError as error:
             raise ConfigError(Fault("", "a training process that loads base and data", str(error))) from None
         if "failed" in reply:
-            raise ConfigError(Fault("", "a site whose base and data can be loaded", reply["failed"]))
+            # Without space nothing must be changed in the site's file: another start may succeed.
+            kind = TemporaryError if reply.get("passing") else ConfigError
+            raise kind(Fault("", "a site whose base and data can be loaded", reply["failed"]))
 
     def perform(self, folder: Path, bodies: Sequence[str], into: Path) -> Mapping[str, float]:
         return self._work("perform", folder, bodies, into)

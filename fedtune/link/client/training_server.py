@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self, TextIO, TypeAlias
 
-from fedtune.errors import ClientError, ConfigError, FedtuneError
+from fedtune.errors import ClientError, ConfigError, FedtuneError, may_pass
 from fedtune.link.client.conditions import Conditions, StepGate
 from fedtune.link.client.energy_meter import EnergyMeter
 from fedtune.link.settings import ScorePolicy
@@ -26,6 +26,8 @@ from fedtune.wire.codec import decode_assignment, encode_update
 from fedtune.wire.profile import ClientProfile, encode_profile
 from fedtune.wire.scores import decode_score_request, encode_scores
 
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Errors of the operating system where a disk has no space."""
 BEAT_S = 5.0
 """Between two lines that say how far a request is."""
 
@@ -155,8 +157,10 @@ def handle(
     try:
         return {"done": run_request(load(site, on_step), request, energy)}
     except FedtuneError as error:
-        return {"failed": str(error)}
+        return {"failed": str(error), **({"passing": True} if may_pass(error) else {})}
     except BaseException as error:  # its text may quote data: only its type leaves the site
+        if isinstance(error, OSError) and error.errno in FULL:
+            return {"failed": "expected space on this site's disk; got none; free some", "passing": True}
         traceback.print_exc()
         return {"failed": f"expected an answer; got {type(error).__name__}; this site's own log says where"}
 
@@ -191,7 +195,7 @@ def run_request(site: TrainingSite, request: Mapping[str, Any], energy: Energy =
         traceback.print_exc()
         # Half an update would keep the space that others wait for.
         into.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in FULL:
             expected = f"{site.client}: expected space for an update on this site's disk"
             raise ClientError(f"{expected}; got none; the next round is tried again") from error
         raise ClientError(failure_of(site.client, error, quote=False).reason) from error

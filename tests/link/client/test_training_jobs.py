@@ -196,6 +196,8 @@ def test_what_does_not_fit_the_disk_is_declined(link: LinkServer, monkeypatch: p
         result = collect_one(link, post(link, 2, body=b"x" * 1000))
     assert isinstance(result, Withdrawn)
     assert "do not fit the disk" in result.reason
+    with run_site(link, Policy(min_free_mib=0), name="site-b"):  # a board with a small card
+        assert isinstance(collect_one(link, post(link, 3, name="site-b", body=b"x" * 1000)), ReceivedParts)
 
 
 @pytest.mark.guarantee("G14")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.errors import ClientError, ConfigError
+from fedtune.errors import ClientError, ConfigError, TemporaryError, may_pass
 from fedtune.link.client.training_process import ProcessTrainer, WorkProgress
 
 SCRIPT = """
@@ -34,6 +34,8 @@ with os.fdopen(requests) as lines, os.fdopen(replies, "w") as answers:
                 answers.write(json.dumps({"at": [step, 2, 1000 * step]}) + chr(10))
             answers.write(json.dumps({"at": [2, 2, 2000], "waits": "not on mains power"}) + chr(10))
         said = {"failed": "expected a base; got none"} if into.name == "fail" else {"done": True}
+        if into.name == "full":
+            said = {"failed": "expected space on this site's disk; got none", "passing": True}
         if "done" in said:
             into.write_text(f"{os.getpid()} {request['do']}")
         answers.write(json.dumps(said) + chr(10))
@@ -100,8 +102,11 @@ def test_a_process_with_work_is_not_idle(tmp_path: Path) -> None:
 def test_what_it_cannot_do_is_its_reason(trainer: ProcessTrainer, tmp_path: Path) -> None:
     with pytest.raises(ClientError, match="expected a base; got none"):
         trainer.perform(tmp_path, [], tmp_path / "fail")
-    with pytest.raises(ConfigError, match="expected a base; got none"):
+    with pytest.raises(ConfigError, match="expected a base; got none") as caught:
         trainer.profile(tmp_path / "fail")
+    assert not may_pass(caught.value)
+    with pytest.raises(TemporaryError, match="expected space on this site's disk; got none"):
+        trainer.profile(tmp_path / "full")
     trainer.close()
 
 

@@ -154,7 +154,8 @@ def test_without_space_for_an_update_nothing_of_it_stays(tmp_path: Path, monkeyp
     request = {"do": "perform", "folder": str(tmp_path), "bodies": [], "into": str(tmp_path / "update")}
     failed = training_server.handle(lambda site, on_step: Working(), "", request)  # type: ignore[arg-type,return-value]
     assert failed == {
-        "failed": "site-a: expected space for an update on this site's disk; got none; the next round is tried again"
+        "failed": "site-a: expected space for an update on this site's disk; got none; the next round is tried again",
+        "passing": True,
     }
     assert not (tmp_path / "update").exists()
 
@@ -168,6 +169,15 @@ def test_whatever_ends_a_request_is_a_reason_without_a_word_of_the_data(
 
     failed = training_server.handle(broken, "site.toml", {"do": "perform"})["failed"]
     assert failed == f"expected an answer; got {error.__name__}; this site's own log says where"
+
+
+@pytest.mark.guarantee("G15")
+def test_a_profile_that_finds_no_space_is_tried_again_later(tmp_path: Path) -> None:
+    def full(site: str, on_step: object) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    failed = training_server.handle(full, "site.toml", {"do": "profile", "into": str(tmp_path)})
+    assert failed == {"failed": "expected space on this site's disk; got none; free some", "passing": True}
 
 
 SERVED = """
