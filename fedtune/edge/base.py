@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,6 +65,8 @@ def open_base(settings: SiteSettings, *, source: str) -> Opened:
     max_bytes = None if limit is None else int(limit * GIB)
     # Before the device says hello: a base that it cannot hold is no reason for a round to wait.
     check_memory(bundle, max_bytes)
+    # Read once, when the tokenizer first encodes several texts: without it that takes every core.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(model.threads))
     return Opened(bundle, read_tokenizer(bundle), named_modules(settings, bundle), model.threads, max_bytes)
 
 

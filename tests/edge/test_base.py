@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from fedtune.edge.base import layer_faults, model_faults, named_modules, own_ros
 from fedtune.edge.bundle import Bundle, Module, read_bundle
 from fedtune.errors import ConfigError
 from tests.edge.bundles import write_bundle
+from tests.edge.speaking import write_device
 from tests.link.ceremony import enroll_parties
 
 FRONT = 'name = "site-a"\n[model]\nbase = "bundle"\n[data]\nsource = "rows.txt"\n'
@@ -89,3 +93,23 @@ def test_a_device_that_is_enrolled_takes_a_bundle_that_its_coordinator_has_signe
     assert "site-a" in roster.parties
     with pytest.raises(ConfigError, match="signed by a coordinator"):
         read_bundle(enrolled.root / "bundle", roster)
+
+
+def test_reading_texts_takes_no_more_threads_than_the_file_allows(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    site, _ = write_device(tmp_path, checkpoints["llama"])
+    site.write_text(site.read_text().replace("[data]", "threads = 3\n[data]"))
+    code = f"""
+import os
+from pathlib import Path
+from fedtune.config.site import bind_site
+from fedtune.edge.base import open_base
+before = len(os.listdir("/proc/self/task"))
+opened = open_base(bind_site(Path({str(site)!r})), source="x")
+opened.tokenizer(["the quick fox"] * 99)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    # The tests themselves run without threads of that package.
+    own = ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+    environment = {name: value for name, value in os.environ.items() if name not in own}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 3
