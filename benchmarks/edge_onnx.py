@@ -37,7 +37,7 @@ from fedtune.model.kron_forward import with_injected_paths
 from fedtune.model.seed_rebuild import with_rebuilt_weights
 from fedtune.probing.rows import PaddedRows
 from fedtune.probing.steps import Move
-from fedtune.runs.edge_bundle import DTYPES, load_base, write_bundle
+from fedtune.runs.edge_bundle import DTYPES, load_base, read_source, write_bundle
 from fedtune.seeds import derive, generator
 
 SEEDS, EXPONENT, AMOUNT = 4096, 26, 33_554
@@ -60,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name in args.bases:
-        base = load_base(name)
+        base = load_base(read_source(name))
         with tempfile.TemporaryDirectory() as scratch:
             bundles = dict[str, Bundle]()
             for dtype in DTYPES:
