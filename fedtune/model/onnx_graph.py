@@ -36,6 +36,9 @@ from fedtune.tensors import Array
 BODY, HEAD, WEIGHTS = "graph.onnx", "head.onnx", "weights.safetensors"
 OPSET, IR_VERSION = 23, 11
 """Of the operators, and of the file; RMSNormalization is an operator of its own from 23 on."""
+PIECE = 4 * 2**20
+"""Weights of an output layer in 8 bits that are unpacked together, 16 MiB: the whole of it may take more than the rest.
+"""
 KINDS: Mapping[str, int] = {"F32": TensorProto.FLOAT, "I8": TensorProto.INT8}
 
 
@@ -341,10 +344,23 @@ def add_head(architecture: Architecture, graph: Graph) -> None:
         got = "an output layer of its own" if of.tied else "none"
         expected = "the output layer that tie_word_embeddings of config.json says"
         raise ConfigError(Fault("model.base", expected, got, "put config.json right"))
-    plain = "" if graph.has(weight + SCALE) else "logits"
-    logits = graph.scale(weight, graph.add("Gemm", hidden, graph.weight(weight), name=plain, transB=1), result="logits")
+    if graph.has(weight + SCALE):
+        logits = graph.scale(weight, multiply_in_pieces(graph, hidden, weight), result="logits")
+    else:
+        logits = graph.add("Gemm", hidden, graph.tensor(weight), transB=1, name="logits")
     picked = graph.add("Unsqueeze", targets, graph.integers(1))
     picked = graph.add("GatherElements", graph.add("LogSoftmax", logits, axis=1), picked, axis=1)
     graph.add("Squeeze", graph.add("Neg", picked), graph.integers(1), name="losses")
     graph.output("losses", TensorProto.FLOAT, "scored")
     graph.output("logits", TensorProto.FLOAT, "scored", of.vocabulary)
+
+
+def multiply_in_pieces(graph: Graph, hidden: str, weight: str) -> str:
+    """Return the products of codes in 8 bits without their scales, unpacked some outputs at a time."""
+    outputs, width = graph.shape(weight)
+    step, parts = max(1, PIECE // width), list[str]()
+    for begin in range(0, outputs, step):
+        ends = [graph.integers(begin), graph.integers(min(begin + step, outputs)), graph.integers(0)]
+        piece = graph.add("Cast", graph.add("Slice", graph.tensor(weight), *ends), to=TensorProto.FLOAT)
+        parts.append(graph.add("Gemm", hidden, piece, transB=1))
+    return graph.add("Concat", *parts, axis=1)
