@@ -65,7 +65,8 @@ def freeze(name: str, python: Path, folder: Path, epoch: int) -> tuple[Path, set
     options = ("--noconfirm", "--onedir", "--log-level", "WARN", "--name", name, "--copy-metadata", "fedtune")
     # Loaded when a bundle asks for it, by a name that no import statement of the entry has.
     hidden = [word for module in HIDDEN[name].split() for word in ("--hidden-import", module)]
-    run(python, "-m", "PyInstaller", *options, *places, *exclude, *hidden, entry, **settings)
+    # -P: the package that was installed is frozen, and not the source below this folder, which may change meanwhile.
+    run(python, "-P", "-m", "PyInstaller", *options, *places, *exclude, *hidden, entry, **settings)
     table = ast.literal_eval((folder / "work" / name / "PYZ-00.toc").read_text())
     return folder / "tree" / name, {row[0] for row in table[1]}
 
