@@ -7,7 +7,7 @@ import sys
 
 from fedtune.cli.edge_options import DONE, add_site, ask, train_command
 
-IDLE_S = 600.0
+IDLE_S = 60.0
 """Seconds without work after which base and runtime leave the memory; state is read from the device's disk again."""
 
 
