@@ -104,7 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         train(words)
         return DONE
-    options = parser(commands()).parse_args(words)
+    if not words:
+        parser(commands()).print_help(sys.stderr)
+        return USAGE
+    # A word that people try with every program, beside the command of that name.
+    options = parser(commands()).parse_args(["version"] if words == ["--version"] else words)
     return with_errors(partial(options.run, options), debug=options.debug)
 
 
@@ -112,7 +116,6 @@ def parser(table: Mapping[str, Command]) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     shape = partial(argparse.RawDescriptionHelpFormatter, width=WIDTH, max_help_position=24)
     top = argparse.ArgumentParser(PROGRAM, description=ABOUT, epilog=FIRST_TIME, formatter_class=shape)
-    top.add_argument("--version", action="store_const", const="version", dest="command", help=argparse.SUPPRESS)
     under = top.add_subparsers(metavar="COMMAND", required=True)
     for name, command in table.items():
         lines = [f"  {PROGRAM} {example}" for example in command.examples]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from fedtune.cli.edge_options import DONE, add_site
+from fedtune.cli.edge_options import DONE, add_site, expect_site
 
 if TYPE_CHECKING:
     from fedtune.edge.talk import Talk
@@ -30,6 +30,7 @@ def run(options: argparse.Namespace) -> int:
     from fedtune.edge.speaker import open_speaker
     from fedtune.edge.talk import Talk
 
+    expect_site(options.site)
     interactive = sys.stdin.isatty() and not options.json
     speaker, notes = open_speaker(options.site, tuned=not options.base)
     for note in notes:

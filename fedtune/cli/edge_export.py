@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fedtune.cli.edge_options import DONE, SITE
+from fedtune.cli.edge_options import DONE, SITE, expect_site
 
 
 def add_arguments(own: argparse.ArgumentParser) -> None:
@@ -24,6 +24,7 @@ def run(options: argparse.Namespace) -> int:
     from fedtune.edge.speaker import current_model
     from fedtune.edge.tuned import GGUF_FILE, export_tuned
 
+    expect_site(options.site)
     settings = bind_site(options.site)
     model = current_model(settings, options.site)
     bundle = open_base(settings, source=str(options.site)).bundle

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.cli.edge_options import DONE, add_site
+from fedtune.cli.edge_options import DONE, add_site, expect_site
 
 if TYPE_CHECKING:
     from fedtune.edge.disclosure import Disclosed
@@ -39,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
     if options.data is not None:
         settings, source = site_of(options.data, options.bundle, Path.cwd()), options.data
     else:
+        expect_site(options.site)
         settings, source = bind_site(options.site), str(options.site)
     shown = inspect_site(settings, source=source, examples=max(0, options.examples))
     if options.json:

@@ -20,6 +20,19 @@ def add_site(own: argparse.ArgumentParser) -> None:
     own.add_argument("site", metavar="SITE", nargs="?", type=Path, default=SITE, help=f"this device's file ({SITE})")
 
 
+def expect_site(path: Path) -> None:
+    """Check that there is this device's own file, in words for its owner.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    from fedtune.errors import ConfigError, Fault
+
+    if not path.is_file():
+        hint = f"{PROGRAM} enroll CODE --server HOST writes one; one elsewhere is named in this command"
+        raise ConfigError(Fault("", f"this device's file {path}", "no such file", hint))
+
+
 def train_command() -> Sequence[str]:
     """Return the command line that starts the process that trains, but for its last arguments."""
     if getattr(sys, "frozen", False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fedtune.cli.edge_options import DONE, add_site
+from fedtune.cli.edge_options import DONE, add_site, expect_site
 
 
 def add_pause_arguments(own: argparse.ArgumentParser) -> None:
@@ -28,6 +28,7 @@ def pause(options: argparse.Namespace) -> int:
         seconds = orders.parse_duration(options.duration)
     elif options.until is not None:
         seconds = orders.seconds_until(options.until, datetime.now())
+    expect_site(options.site)
     state = bind_site(options.site).state
     orders.pause(state, seconds)
     ends = "resume" if seconds is None else f"{datetime.now() + timedelta(seconds=seconds):%a %H:%M}"
@@ -41,5 +42,6 @@ def resume(options: argparse.Namespace) -> int:
     from fedtune.config.site import bind_site
     from fedtune.link.client import pause as orders
 
+    expect_site(options.site)
     print("resumed" if orders.resume(bind_site(options.site).state) else "it was not paused")
     return DONE

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fedtune.cli.edge_options import DONE, add_site
+from fedtune.cli.edge_options import DONE, add_site, expect_site
 
 if TYPE_CHECKING:
     from fedtune.link.client.site_status import Standing
@@ -26,6 +26,7 @@ def run(options: argparse.Namespace) -> int:
     from fedtune.link.settings import JoinSettings
     from fedtune.terminal.text import printable
 
+    expect_site(options.site)
     site = bind_site(options.site)
     standing = read_standing(site.state, site.link or JoinSettings(""), site.policy)
     if options.json:

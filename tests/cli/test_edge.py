@@ -56,8 +56,31 @@ def test_a_missing_file_is_one_line_with_what_to_do_and_status_2(
     assert not list(tmp_path.iterdir())
 
 
+def test_without_a_word_it_shows_what_it_can_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == USAGE
+    shown = capsys.readouterr()
+    assert (shown.out, "First time here?" in shown.err) == ("", True)
+
+
+def test_the_version_is_also_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == DONE
+    assert capsys.readouterr().out.startswith("fedtune ")
+
+
+@pytest.mark.parametrize("words", [["status"], ["inspect"], ["pause"], ["resume"], ["chat"], ["export", "out"]])
+def test_a_device_without_its_file_hears_how_it_gets_one(
+    words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == USAGE
+    assert capsys.readouterr().err == (
+        f"{PROGRAM}: expected this device's file {SITE}; got no such file; "
+        f"{PROGRAM} enroll CODE --server HOST writes one; one elsewhere is named in this command\n"
+    )
+
+
 def test_a_word_that_is_no_command_is_an_error_of_use(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["jion"], ["join", "--log", "xml"]):
+    for words in (["jion"], ["join", "--log", "xml"]):
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert ended.value.code == USAGE

@@ -82,7 +82,8 @@ def pause(state: Path, seconds: float | None, *, now: Clocks | None = None) -> N
     order = Pause(secrets.token_hex(8), seconds, now.wall_s, now.boot_s, now.boot_id)
     with store_errors(state):
         files.make_private(state, below=state)
-    files.write_bytes(state / PAUSE, json.dumps(asdict(order)).encode(), mode=0o600)
+    # For all to read, in a folder that is private: root may order the pause of a service that runs as another user.
+    files.write_bytes(state / PAUSE, json.dumps(asdict(order)).encode(), mode=0o644)
 
 
 def resume(state: Path) -> bool:
