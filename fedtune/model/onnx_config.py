@@ -40,21 +40,26 @@ WITHOUT_EFFECT = frozenset(
             "transformers_version",
             "auto_map",
             "transformers.js_config",
+            "tokenizer_class",
+            "unsloth_fixed",
+            "unsloth_version",
         ),
         *("dtype", "torch_dtype", "initializer_range", "use_cache", "output_hidden_states", "output_attentions"),
         *("return_dict", "id2label", "label2id", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id"),
         *("task_specific_params", "_attn_implementation_autoset", "is_llama_config", "chunk_size_feed_forward"),
+        *("sep_token_id", "cls_token_id", "decoder_start_token_id", "prefix", "max_sequence_length"),
         # Dropout, which no evaluation has.
         *("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout"),
-        # Of GPT-2's classifiers, and of a kernel in 16 bits.
+        # Of GPT-2's classifiers and its first code, and of a kernel in 16 bits.
         *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
+        *("n_ctx", "n_special", "predict_special_tokens", "num_labels", "_num_labels", "finetuning_task"),
         "reorder_and_upcast_attn",
         # The product of slices, with the same sum; and what the weights alone say (`bias`), or nothing without windows.
         *("pretraining_tp", "attention_bias", "mlp_bias", "max_window_layers"),
     }
 )
 """Keys that change nothing of the losses in float32."""
-OFF: Sequence[Any] = (None, False)
+OFF: Sequence[Any] = (None, False, {}, [], "")
 """Values of a key of which nothing is known: whatever it asks for is not asked for."""
 
 
@@ -141,7 +146,12 @@ class Reader:
         """Note a fault for every other key that may change the computation."""
         for key in sorted(self._config.keys() - self._seen - WITHOUT_EFFECT):
             value = self._config[key]
-            self.require(key, "only keys whose meaning is known", any(value is off for off in OFF), value)
+            self.require(
+                key,
+                "only keys whose meaning is known",
+                any(type(value) is type(off) and value == off for off in OFF),
+                value,
+            )
 
 
 def read_llama(config: Reader, family: str) -> Architecture:
