@@ -14,6 +14,12 @@ RUNTIME_BYTES = 64 * 2**20
 """That a runtime takes beside weights, states and activations."""
 FLOAT = 4
 """Bytes of a number."""
+MAX_TOKENS = 4096
+"""Of one pass: more losses than these are computed one after another, so that a step's memory has a bound."""
+MAX_LOGITS = 4 * 2**20
+"""Numbers of logits at a time, 16 MiB: of 50 000 tokens 85 rows, enough for a product at its full speed."""
+ACTIVATIONS = 16
+"""Vectors of the widest layer that are alive for each token, measured: freed ones are not all used again at once."""
 
 
 def available_bytes(meminfo: Path = MEMINFO) -> int | None:
@@ -31,19 +37,26 @@ def weight_bytes(bundle: Bundle) -> int:
 
 
 def step_bytes(bundle: Bundle, rank: int, rows: Sequence[Example], moves: int) -> int:
-    """Return what the largest step takes beside the weights: factors of the directions, and scores of the words.
+    """Return what the largest step takes beside the weights: factors of the directions, activations, and logits.
 
     Args:
         bundle: the base.
         rank: p of the bank, whose factors are p numbers per row and column of every matrix.
         rows: of the largest batch.
-        moves: losses that are computed together.
+        moves: losses of a step; of them, as many are computed together as `MAX_TOKENS` allows.
     """
-    factors = sum((module.out + module.width) * rank for module in bundle.facts.modules.values())
-    tokens = moves * len(rows) * max((len(row.input_ids) for row in rows), default=0)
-    widest = max((max(module.out, module.width) for module in bundle.facts.modules.values()), default=0)
-    # Scores of the counted words, their exponentials, and a few layers' worth of activations are alive together.
-    return FLOAT * (factors + tokens * (2 * bundle.facts.vocabulary + 8 * widest))
+    modules, anatomy = bundle.facts.modules.values(), bundle.facts.anatomy
+    factors = sum((module.out + module.width) * rank for module in modules)
+    longest = max((len(row.input_ids) for row in rows), default=0)
+    once = longest * len(rows)
+    tokens = once * max(1, min(moves, MAX_TOKENS // max(1, once)))
+    widest = max((max(module.out, module.width) for module in modules), default=0)
+    # Of a family whose anatomy is not known: GPT-2, 64 numbers a head and a widest layer of four widths.
+    heads = anatomy.blocks[0].heads if anatomy is not None and anatomy.blocks else widest // 256
+    # Products of queries and keys, with their mask, and their softmax are alive together.
+    activations = tokens * (ACTIVATIONS * widest + 3 * heads * longest)
+    logits = 4 * min(tokens * bundle.facts.vocabulary, MAX_LOGITS)
+    return FLOAT * (factors + activations + logits)
 
 
 def check_memory(

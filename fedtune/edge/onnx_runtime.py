@@ -20,6 +20,7 @@ from fedtune.directions.bank import perturb
 from fedtune.directions.kron import Kron
 from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.edge.bundle import AGAIN, Bundle
+from fedtune.edge.memory import MAX_LOGITS, MAX_TOKENS
 from fedtune.edge.onnx_file import check_graph
 from fedtune.errors import ClientError, ConfigError, Fault, StoreError
 from fedtune.probing.rows import PaddedRows
@@ -27,10 +28,6 @@ from fedtune.probing.steps import Move
 from fedtune.tensors import Array
 
 BODY, HEAD, WEIGHTS = "graph.onnx", "head.onnx", "weights.safetensors"
-MAX_TOKENS = 4096
-"""Of one pass: more losses than these are computed one after another, so that a step's memory has a bound."""
-MAX_LOGITS = 4 * 2**20
-"""Numbers of logits at a time, 16 MiB: of 50 000 tokens 85 rows, enough for a product at its full speed."""
 LOAD_ERRORS = (
     *(states.Fail, states.InvalidArgument, states.InvalidGraph, states.InvalidProtobuf, states.NoSuchFile),
     *(states.NotImplemented, states.NotFound, states.RuntimeException),

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fedtune.edge.bundle import Bundle, read_bundle
+from fedtune.edge.bundle import Bundle, Module, read_bundle
 from fedtune.edge.memory import RUNTIME_BYTES, available_bytes, check_memory, step_bytes, weight_bytes
 from fedtune.errors import ConfigError
-from tests.edge.bundles import write_bundle
+from tests.edge.bundles import FACTS, write_bundle
 
 
 @pytest.fixture
@@ -56,7 +57,28 @@ def test_loaded_weights_are_no_longer_asked_of_what_is_free(bundle: Bundle, tmp_
         check_memory(bundle, 2**20, loaded=True, meminfo=small)
 
 
-def test_a_step_takes_its_factors_and_the_scores_of_every_word(bundle: Bundle) -> None:
-    rows: Any = [SimpleNamespace(input_ids=range(5)), SimpleNamespace(input_ids=range(7))]
-    # Factors (2 + 3) * 4, 3 losses of 2 rows of 7 tokens, each 2 * 4 scores and 8 * 3 activations.
-    assert step_bytes(bundle, 4, rows, 3) == 4 * (20 + 3 * 2 * 7 * (8 + 24))
+def row(length: int) -> Any:
+    return SimpleNamespace(input_ids=range(length))
+
+
+def test_a_step_takes_its_factors_its_activations_and_the_scores_of_every_word(bundle: Bundle) -> None:
+    # Factors (2 + 3) * 4; 3 losses of 2 rows of 7 tokens, each 16 * 3 activations and 4 * 4 scores.
+    assert step_bytes(bundle, 4, [row(5), row(7)], 3) == 4 * (20 + 3 * 2 * 7 * (16 * 3 + 4 * 4))
+
+
+def test_losses_that_do_not_fit_into_one_pass_take_no_more_memory(bundle: Bundle) -> None:
+    rows = [row(512)] * 8
+    assert step_bytes(bundle, 4, rows, 9) == step_bytes(bundle, 4, rows, 2) == step_bytes(bundle, 4, rows, 1)
+    assert step_bytes(bundle, 4, [row(512)] * 2, 9) == step_bytes(bundle, 4, [row(512)] * 2, 4)
+    # One batch is not divided.
+    assert step_bytes(bundle, 4, rows * 2, 1) > 1.9 * step_bytes(bundle, 4, rows, 1)
+
+
+def test_the_scores_of_a_large_vocabulary_are_computed_some_at_a_time(tmp_path: Path) -> None:
+    """A step of SmolLM2 over 8 rows of 512 tokens with 8 queries took 0.75 GB; 16 were asked for."""
+    modules = {"layer": Module(out=1536, width=576)}
+    facts = replace(FACTS, modules=modules, vocabulary=49152)
+    large: Any = SimpleNamespace(facts=facts)
+    assert 0.3e9 < step_bytes(large, 16, [row(512)] * 8, 9) < 0.75e9
+    # The scores of a row against itself grow with its length.
+    assert step_bytes(large, 16, [row(2048)] * 2, 2) > 1.5 * step_bytes(large, 16, [row(64)] * 64, 2)
