@@ -446,7 +446,7 @@ FAULTS = (
     # Graphs for devices: what they compute, and what a device lets in.
     Fault("model/onnx_graph.py", "if unread := sorted(names_of(weights) - {*body.used, *head.used}):",
           "if unread := ():", "a graph leaves out a tensor of its base"),
-    Fault("model/onnx_config.py", "any(value is off for off in OFF)", "True",
+    Fault("model/onnx_config.py", "any(type(value) is type(off) and value == off for off in OFF)", "True",
           "a key of config.json that nothing is known of is passed over"),
     Fault("model/onnx_weights.py", "np.finfo(np.float32).tiny)", "np.finfo(np.float32).smallest_subnormal)",
           "codes in 8 bits wrap around for the smallest weights"),
@@ -483,6 +483,8 @@ FAULTS = (
           "a device computes in another number format than its file says"),
     Fault("edge/recipe_check.py", "if method.bank != BANK:", "if False:",
           "a device takes part in a run of another bank"),
+    Fault("edge/memory.py", "max(1, min(moves, MAX_TOKENS // max(1, once)))", "moves",
+          "a device refuses steps that fit into its memory"),
     Fault("edge/memory.py", "if free is not None and missing > free:", "if False:",
           "a device loads what does not fit into its memory"),
     Fault("edge/current_model.py", "data[len(MAGIC) : start] != hashlib.sha256(body).digest()", "False",

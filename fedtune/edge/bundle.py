@@ -144,6 +144,7 @@ def read_bundle(path: Path, roster: Roster | None = None, *, unsigned: bool = Fa
         tensors = decode_manifest(read_small(opened, TENSORS))
     except WireError as error:
         raise StoreError(f"{path / TENSORS}: {error}; {AGAIN}") from error
+    check_numbers(facts, path)
     check_layers(facts, tensors, path)
     return Bundle(opened, *names, facts, tensors, signer, warnings)
 
@@ -170,6 +171,25 @@ def read_facts(opened: ResultFolder) -> BundleFacts:
         hint = 'export the base again; a device runs method.bank = "kron"'
         raise ConfigError(Fault("model.base", f"a bundle for the bank {BANK!r}", f"{where} for {bank!r}", hint))
     return typed_json.decode(BundleFacts, table, f"{where / manifests.NAME}: {KEY}")
+
+
+def check_numbers(facts: BundleFacts, where: Path) -> None:
+    """Check that a bundle's base has room for a prediction, and that what pads or begins a text is one of its tokens.
+
+    Raises:
+        StoreError: naming the first number that cannot be.
+    """
+    tokens = range(facts.vocabulary)
+    numbers = {
+        "positions": (facts.positions, "at least 2", facts.positions >= 2),
+        "vocabulary": (facts.vocabulary, "at least 1", facts.vocabulary >= 1),
+        "pad_id": (facts.pad_id, "a token of the vocabulary", facts.pad_id in tokens),
+        "bos_id": (facts.bos_id, "a token of the vocabulary", facts.bos_id is None or facts.bos_id in tokens),
+        "parameters": (facts.parameters, "at least 1", facts.parameters >= 1),
+    }
+    for name, (got, expected, fits) in numbers.items():
+        if not fits:
+            raise StoreError(f"{where / manifests.NAME}: {KEY}.{name}: expected {expected}; got {got}; {AGAIN}")
 
 
 def check_layers(facts: BundleFacts, tensors: Manifest, where: Path) -> None:

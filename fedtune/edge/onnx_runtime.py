@@ -25,6 +25,7 @@ from fedtune.edge.onnx_file import check_graph
 from fedtune.errors import ClientError, ConfigError, Fault, StoreError
 from fedtune.probing.rows import PaddedRows
 from fedtune.probing.steps import Move
+from fedtune.store import manifest as manifests
 from fedtune.tensors import Array
 
 BODY, HEAD, WEIGHTS = "graph.onnx", "head.onnx", "weights.safetensors"
@@ -98,6 +99,10 @@ class OnnxRuntime:
         if not self._caches or inputs.keys() != expected:
             got = sorted(inputs.keys() ^ expected)[:1] or ["no cache"]
             raise StoreError(f"{bundle.path / BODY}: expected a path for every layer; it differs by {got[0]}; {AGAIN}")
+        [_, vocabulary] = head.get_outputs()[1].shape
+        if vocabulary != bundle.facts.vocabulary:
+            stated = f"scores of {bundle.facts.vocabulary} tokens, as {manifests.NAME} says"
+            raise StoreError(f"{bundle.path / HEAD}: expected {stated}; got {vocabulary}; {AGAIN}")
         self._paths: tuple[tuple[Kron | None, tuple[int, ...]], Mapping[str, Any]] | None = None
         """Signs of the last bank and tensors, which a run keeps; 20 MB for 135 million weights."""
 

@@ -98,6 +98,16 @@ def test_a_changed_byte_is_found_without_any_signature(tmp_path: Path, name: str
         ({"layers": ["other.weight"]}, "expected the sizes of every layer"),
         ({"layers": ["x.weight"], "modules": {"x": {"out": 3, "width": 2}}}, "got no such tensor"),
         ({"eos_ids": [True]}, "eos_ids"),
+        (
+            {"pad_id": 4},
+            r"fedtune.json: bundle.pad_id: expected a token of the vocabulary; got 4; get the bundle again",
+        ),
+        ({"pad_id": -1}, "pad_id: expected a token"),
+        ({"pad_id": 2**70}, "pad_id: expected a token"),
+        ({"bos_id": 4}, "bos_id: expected a token"),
+        ({"positions": 1}, "positions: expected at least 2; got 1"),
+        ({"vocabulary": 0}, "vocabulary: expected at least 1"),
+        ({"parameters": -1}, "parameters: expected at least 1"),
         ({"modules": []}, "modules: expected"),
     ],
 )

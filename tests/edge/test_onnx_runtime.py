@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -237,6 +238,19 @@ def test_an_error_of_another_kind_is_not_swallowed() -> None:
 
     with pytest.raises(states.InvalidArgument, match="wrong shape"):
         onnx_runtime.run(Broken(), ["hidden"], {})
+
+
+def test_a_vocabulary_that_is_not_the_graphs_is_refused_before_data_are_held_against_it(
+    llama: tuple[Base, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "forged"
+    shutil.copytree(llama[1], path)
+    facts = json.loads(json.dumps(dict(manifest.open_folder(path).facts)))
+    facts["bundle"]["vocabulary"] += 1
+    (path / manifest.NAME).unlink()
+    manifest.write(path, facts)
+    with pytest.raises(StoreError, match=r"head\.onnx: expected scores of \d+ tokens, as fedtune.json says; got \d+"):
+        load(read_bundle(path), threads=1)
 
 
 @pytest.mark.parametrize("name", ["graph.onnx", "head.onnx"])
