@@ -12,6 +12,8 @@ from fedtune.link.client.conditions import BATTERY_KINDS, SYSTEM, folders, read_
 
 METERED = ("package", "dram")
 """Zones of RAPL that are added up: processors and their memory; `psys` and `core` would count the same twice."""
+SECOND_DOOR = "intel-rapl-mmio"
+"""Folders of zones that count a package which `intel-rapl` counts too, read in another way."""
 LONGEST_S = 60.0
 """Between two readings of a battery, of which nothing is known in between."""
 
@@ -35,7 +37,8 @@ def read_energy(system: Path = SYSTEM, clock: Callable[[], float] = time.monoton
         # Root alone may read a counter on most machines.
         if count is not None and range_uj and read_text(zone / "name").startswith(METERED):
             counters[zone.name] = (count, range_uj)
-    return EnergyReading(clock(), counters, read_battery_power(system / "power_supply"))
+    once = {zone: counter for zone, counter in counters.items() if not zone.startswith(SECOND_DOOR)}
+    return EnergyReading(clock(), once or counters, read_battery_power(system / "power_supply"))
 
 
 def read_battery_power(folder: Path) -> float | None:

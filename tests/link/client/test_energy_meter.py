@@ -42,6 +42,16 @@ def test_processors_and_memory_are_read_and_nothing_twice(tmp_path: Path) -> Non
     assert joules_between(first, read_energy(tmp_path, lambda: 2.0)) == pytest.approx(2.75)
 
 
+def test_a_package_that_two_interfaces_count_is_added_once(tmp_path: Path) -> None:
+    zone(tmp_path, "intel-rapl-mmio:0", "package-0", 5_000_000)
+    assert set(read_energy(tmp_path, lambda: 0.0).counters) == {"intel-rapl-mmio:0"}  # the only one
+    zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000)
+    first = read_energy(tmp_path, lambda: 0.0)
+    for folder in ("intel-rapl-mmio:0", "intel-rapl:0"):
+        zone(tmp_path, folder, "package-0", 7_000_000)
+    assert joules_between(first, read_energy(tmp_path, lambda: 2.0)) == pytest.approx(2.0)
+
+
 def test_a_machine_that_tells_nothing_has_no_joules(tmp_path: Path) -> None:
     zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000)
     (tmp_path / "powercap" / "intel-rapl:0" / "energy_uj").chmod(0o000)
