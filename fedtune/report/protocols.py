@@ -44,6 +44,11 @@ UNITS: Mapping[str, tuple[Resource, float]] = {
 """Of a budget: what it is of, and how many bytes, seconds or joules it has."""
 
 
+Scores: TypeAlias = Sequence[Mapping[int, Floats]]
+"""By recipe and seed: the measure after each round, where less is better."""
+Spent: TypeAlias = Sequence[Mapping[int, Mapping[Resource, Floats]]]
+
+
 @dataclass(frozen=True)
 class ProtocolSettings:
     """What a reader wants to know; the defaults need no choice."""
@@ -142,6 +147,12 @@ def protocols(groups: Sequence[Group], settings: ProtocolSettings | None = None)
         f"{name}: bytes are those of the model that was trained, seconds and joules those of its fleet.proxy"
         for name in names_with_proxy(groups)
     ]
+    notes += [
+        f"{run.name}, seed {run.seed}, has no summary: per client means of the {len(client_names(run))} clients that "
+        "its rounds name"
+        for run in runs
+        if run.summary is None
+    ]
     robustness = tuple(robustness_of(groups, index) for index in range(len(groups)))
     if quality is None:
         notes.append(f"{asked.measure}: the runs share no evaluation of it")
@@ -151,6 +162,7 @@ def protocols(groups: Sequence[Group], settings: ProtocolSettings | None = None)
     scores = [{run.seed: sign * quality(run) for run in group} for group in groups]
     target = None if asked.target is None else sign * asked.target
     targets = targets_of(scores, target)
+    notes += [*notes_on_targets(scores, targets), *notes_on_evaluations(groups, quality)]
     return Protocols(
         measure=asked.measure,
         scored_on=scored_on,
@@ -167,6 +179,37 @@ def names_with_proxy(groups: Sequence[Group]) -> Sequence[str]:
     """Return the names of the recipes whose clock counts the operations of a larger model."""
     fleets = {group[0].name: tomllib.loads(group[0].recipe).get("fleet", {}) for group in groups}
     return [name for name, fleet in fleets.items() if isinstance(fleet, dict) and fleet.get("proxy", "none") != "none"]
+
+
+def notes_on_targets(scores: Scores, targets: Mapping[int, float]) -> Sequence[str]:
+    """Return a sentence where some of the seeds have no target."""
+    shared = sorted(set.intersection(*(set(by_seed) for by_seed in scores)))
+    if not shared:
+        return ["no cost to a target: the recipes share no seed"]
+    absent = ", ".join(str(seed) for seed in shared if seed not in targets)
+    reason = "a recipe ends there no better than it starts; --target sets one"
+    return [f"no target for seed {absent}: {reason}"] if absent else []
+
+
+def notes_on_evaluations(groups: Sequence[Group], quality: Callable[[Run], Floats]) -> Sequence[str]:
+    """Return a sentence for each recipe that was evaluated after other rounds than the first one."""
+    first = groups[0][0]
+    reason = (
+        "the best of more values is better by chance, and a target is noticed earlier; keep evaluate.every the same"
+    )
+    notes = []
+    for group in groups[1:]:
+        runs = first, group[0]
+        end = min(run.rounds[-1].round for run in runs)  # the last round is evaluated wherever it is
+        if len({scored_rounds(run, quality, end) for run in runs}) > 1:
+            notes.append(f"{group[0].name} was evaluated after other rounds than {first.name}: {reason}")
+    return notes
+
+
+def scored_rounds(run: Run, quality: Callable[[Run], Floats], end: int) -> frozenset[int]:
+    """Return the rounds before `end` after which a run was evaluated."""
+    scores = zip(run.rounds, quality(run), strict=True)
+    return frozenset(record.round for record, score in scores if record.round < end and not math.isnan(score))
 
 
 def costs(run: Run, clock: str) -> Mapping[Resource, Floats]:
@@ -206,11 +249,6 @@ def shared_quality(runs: Sequence[Run], measure: str) -> tuple[str, Callable[[Ru
         if all(not np.isnan(read(run)).all() for run in runs):
             return scored_on, read
     return "", None
-
-
-Scores: TypeAlias = Sequence[Mapping[int, Floats]]
-"""By recipe and seed: the measure after each round, where less is better."""
-Spent: TypeAlias = Sequence[Mapping[int, Mapping[Resource, Floats]]]
 
 
 def under_budget(resource: Resource, scores: Scores, spent: Spent, budget: float | None, sign: float) -> UnderBudget:

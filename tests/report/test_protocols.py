@@ -139,6 +139,41 @@ def test_a_recipe_whose_clock_is_of_a_larger_model_is_named(write_run: WriteRun)
     assert note.startswith("larger: bytes are those of the model that was trained")
 
 
+def test_a_seed_without_a_target_is_named(write_run: WriteRun) -> None:
+    paths = [
+        write_run("a0", clients=2, rounds=1, seed=0, edit=spending([4.0, 3.0], bytes=100, seconds=1.0)),
+        write_run("a1", clients=2, rounds=1, seed=1, edit=spending([4.0, 4.5], bytes=100, seconds=1.0)),
+    ]
+    groups = compare(paths).groups
+    content = protocols(groups)
+    assert content.targets == {0: 3.0}
+    assert content.notes == ("no target for seed 1: a recipe ends there no better than it starts; --target sets one",)
+    assert protocols(groups, ProtocolSettings(target=3.0)).notes == ()
+    apart = [write_run("b", name="b", clients=2, rounds=1, seed=7), paths[0]]
+    assert protocols(compare(apart).groups).notes == ("no cost to a target: the recipes share no seed",)
+
+
+def test_a_recipe_that_was_evaluated_after_other_rounds_is_named(write_run: WriteRun) -> None:
+    def every_second(lines: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+        for line in lines[1:-1:2]:
+            line |= {"test": None, "held_out": {}}
+
+    paths = [
+        write_run("a", name="often", clients=2, rounds=4),
+        write_run("b", name="rarely", clients=2, rounds=4, edit=every_second),
+        write_run("c", name="shorter", clients=2, rounds=3),  # after fewer rounds, and not after others
+    ]
+    (note,) = protocols(compare(paths).groups).notes
+    assert note.startswith("rarely was evaluated after other rounds than often: ")
+
+
+def test_a_run_without_a_summary_is_named_with_the_clients_that_are_known(write_run: WriteRun) -> None:
+    path = write_run("a", name="a", clients=3)
+    (path / "summary.json").unlink()
+    (note,) = protocols(compare([path]).groups).notes
+    assert note == "a, seed 0, has no summary: per client means of the 3 clients that its rounds name"
+
+
 @given(
     st.lists(st.tuples(st.floats(0, 10), st.floats(0, 9) | st.just(math.nan)), min_size=1, max_size=9),
     st.floats(0, 50),
