@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 LONGEST = 400
 """Characters of a piece of an example that are shown: its start and its end."""
+MOST_FILES = 20
+"""Of which each is named."""
 
 
 def add_arguments(own: argparse.ArgumentParser) -> None:
@@ -59,8 +61,10 @@ def lines(shown: Inspection, *, with_hex: bool) -> Iterator[str]:
     from fedtune.edge.disclosure import NEVER, SIGNS_OF_LIFE
 
     yield "WOULD BE USED"
-    for name, count in shown.files:
+    for name, count in shown.files[:MOST_FILES]:
         yield f"  {name}: {count} rows"
+    if more := shown.files[MOST_FILES:]:
+        yield f"  and {len(more)} more files with {sum(count for _, count in more)} rows; --json names all"
     yield f"  of each row: {', '.join(shown.parts)}"
     left = shown.rows - shown.training - shown.held_out
     yield f"  examples: {shown.training} to train on, {shown.held_out} held out, {left} of {shown.rows} rows left out"

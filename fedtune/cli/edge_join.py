@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
     """Take part until the run is complete, or show what that would mean."""
     from fedtune.cli.event_log import event_writer
     from fedtune.cli.stop_signals import until_signal
-    from fedtune.deployment.join import join
+    from fedtune.deployment.join import join, no_terminal
     from fedtune.edge.enrolment import check_ready
     from fedtune.edge.recipe_check import check_recipe
     from fedtune.terminal.text import printable
@@ -36,6 +36,8 @@ def run(options: argparse.Namespace) -> int:
 
     def agree(recipe: str) -> bool:
         print(printable(recipe, lines=True), file=sys.stderr)
+        if not options.yes and not sys.stdin.isatty():
+            raise no_terminal()
         return options.yes or ask("Take part in this run?")
 
     def work() -> None:

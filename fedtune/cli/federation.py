@@ -120,7 +120,11 @@ def join(
 
     def agree(recipe: str) -> bool:
         typer.echo(printable(recipe, lines=True), err=True)
-        return yes or (sys.stdin.isatty() and typer.confirm("Take part in this run?", err=True))
+        if not yes and not sys.stdin.isatty():
+            from fedtune.deployment.join import no_terminal
+
+            raise no_terminal()
+        return yes or typer.confirm("Take part in this run?", err=True)
 
     def work() -> None:
         from fedtune.cli.event_log import event_writer

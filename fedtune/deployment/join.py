@@ -169,6 +169,12 @@ def takes_part(suits: CheckRecipe | None, agree: Callable[[str], bool] | None, g
     return agree is None or agree(greeting.recipe.decode(errors="replace"))
 
 
+def no_terminal() -> ConfigError:
+    """Return the error of a site whose policy has `ask`, and that is started where no person can say yes."""
+    hint = "start it once at a terminal, which a restart needs no more, or with --yes"
+    return ConfigError(Fault("policy.ask", "your yes to the recipe", "no terminal to ask at", hint))
+
+
 def make_trainer(
     command: Sequence[str],
     site: Path,

@@ -15,7 +15,7 @@ from fedtune.data.source import read_source
 from fedtune.edge import disclosure
 from fedtune.edge.base import open_base, own_roster
 from fedtune.edge.disclosure import Disclosed
-from fedtune.edge.site import EdgeSite, read_data
+from fedtune.edge.site import EdgeSite, check_local, read_data
 from fedtune.edge.tokenizer import EdgeTokenizer
 
 
@@ -70,6 +70,7 @@ def inspect_site(settings: SiteSettings, *, source: str, examples: int = 3) -> I
         ConfigError: if the file, the bundle or the data are wrong.
         StoreError: if the bundle is damaged.
     """
+    check_local(settings.data, settings.root)
     read = read_source(settings.data, settings.root, task="causal")
     opened = open_base(settings, source=source)
     federation = read_data(settings, settings.data, opened)

@@ -18,6 +18,7 @@ from fedtune.config.site import SiteSettings, bind_site, own_shard
 from fedtune.data.encode import Example, depends_on_date
 from fedtune.data.federation import Federation, federate
 from fedtune.data.limits import Limits, check_limits, cut_to_positions
+from fedtune.data.paths import places
 from fedtune.data.settings import DataSettings
 from fedtune.data.templates import DAY
 from fedtune.directions.kron import Kron
@@ -28,7 +29,7 @@ from fedtune.edge.base import Opened, open_base
 from fedtune.edge.bundle import BANK
 from fedtune.edge.current_model import CurrentModel, read_model, store_model
 from fedtune.edge.memory import check_memory, step_bytes
-from fedtune.errors import ClientError, ConfigError, StoreError
+from fedtune.errors import ClientError, ConfigError, Fault, StoreError
 from fedtune.link.client.order_limits import limit_violations
 from fedtune.link.client.training_server import without_losses
 from fedtune.link.settings import Policy, ScorePolicy
@@ -287,12 +288,27 @@ def from_file(path: str, date: str = "") -> EdgeSite:
     )
 
 
+def check_local(data: DataSettings, root: Path) -> None:
+    """Check that the data lie on the device: to look for a mistyped path on a hub would tell the hub of it.
+
+    Raises:
+        ConfigError: if they do not.
+    """
+    for key, source in (("data.source", data.source), ("data.test", data.test or ())):
+        named, _ = places([source] if isinstance(source, str) else source, data.format, root, key)
+        for place in named:
+            if place.form == "hub":
+                hint = f"paths start from {root}; a device reads nothing from elsewhere"
+                raise ConfigError(Fault(key, "a file or folder on this device", repr(place.name), hint))
+
+
 def read_data(settings: SiteSettings, data: DataSettings, opened: Opened) -> Federation:
     """Return the device's examples, which its base can read.
 
     Raises:
         ConfigError: if data cannot be read or encoded, or the base has no room or no embedding for them.
     """
+    check_local(data, settings.root)
     facts, name = opened.bundle.facts, opened.bundle.base_name
     encode = partial(
         federate,

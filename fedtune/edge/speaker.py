@@ -11,6 +11,7 @@ from fedtune.data.settings import Form
 from fedtune.data.source import read_source
 from fedtune.edge.base import open_base
 from fedtune.edge.current_model import CurrentModel, read_model
+from fedtune.edge.site import check_local
 from fedtune.edge.talk import Speaker, check_tuned
 from fedtune.errors import ConfigError, Fault, FedtuneError
 
@@ -62,6 +63,7 @@ def current_model(settings: SiteSettings, site: Path) -> CurrentModel:
 def form_of_rows(settings: SiteSettings) -> tuple[Form, str]:
     """Return what the device's rows are, and a note where they cannot be read: a conversation needs none of them."""
     try:
+        check_local(settings.data, settings.root)
         return form_of(read_source(settings.data, settings.root, task="causal")), ""
     except FedtuneError as error:
         return "instruction", f"questions are written as instructions, since the rows cannot be read: {error}"

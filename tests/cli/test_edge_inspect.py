@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.cli.edge import main
-from fedtune.cli.edge_inspect import LONGEST, shorten
+from fedtune.cli.edge_inspect import LONGEST, MOST_FILES, shorten
 from fedtune.cli.edge_options import DONE, USAGE
 from tests.edge.speaking import write_device
 
@@ -53,6 +53,20 @@ def test_data_and_a_bundle_alone_are_enough(
     assert "--bundle: expected both --data PATH and --bundle DIR" in capsys.readouterr().err
     assert main(["inspect", "--data", "none.txt", "--bundle", "bundle"]) == USAGE
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_of_a_folder_with_many_files_the_first_are_named(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    many = site.parent / "many"
+    many.mkdir()
+    for number in range(MOST_FILES + 13):
+        (many / f"{number:02}.txt").write_text("the quick fox\nand more\n")
+    given = ["inspect", "--data", str(many), "--bundle", str(site.parent / "bundle")]
+    assert main(given) == DONE
+    text = capsys.readouterr().out
+    assert text.count("txt: 2 rows") == MOST_FILES
+    assert "  and 13 more files with 26 rows; --json names all\n" in text
+    assert main([*given, "--json"]) == DONE
+    assert len(json.loads(capsys.readouterr().out)["used"]["files"]) == MOST_FILES + 13
 
 
 def test_long_texts_keep_start_and_end() -> None:

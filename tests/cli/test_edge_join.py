@@ -34,7 +34,9 @@ def test_a_device_joins_with_its_own_process_and_only_what_it_can_run(
     assert options["agree"]("a recipe\x1b[2J\nof two lines") is True
     assert capsys.readouterr().err == "a recipe\\x1b[2J\nof two lines\n"
     assert main(["join"]) == DONE
-    assert asked[1][1]["agree"]("a recipe") is False  # nobody sits there
+    # Nobody sits there: it would end with status 0 and without a word.
+    with pytest.raises(ConfigError, match=r"^policy\.ask: expected your yes to the recipe; got no terminal"):
+        asked[1][1]["agree"]("a recipe")
 
 
 def test_a_recipe_that_a_device_cannot_run_ends_it_before_anything_is_stored() -> None:

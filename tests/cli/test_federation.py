@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,16 @@ def test_status_and_audit_show_a_run_that_has_ended(tmp_path: Path) -> None:
         assert "damaged" in output
         log.write_bytes(entries)
         assert run("runs", "verify", str(running.run))[0] == 0
+
+
+def test_a_site_that_wants_to_be_asked_says_so_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def join(site: Path, *, agree: Callable[[str], bool], **options: object) -> None:
+        agree("a recipe")
+
+    monkeypatch.setattr("fedtune.deployment.join.join", join)
+    result = CliRunner().invoke(app, ["join", str(tmp_path / "site.toml")])
+    assert result.exit_code == 2
+    assert "policy.ask: expected your yes to the recipe; got no terminal to ask at" in result.stderr
+    assert CliRunner().invoke(app, ["join", str(tmp_path / "site.toml"), "--yes"]).exit_code == 0

@@ -89,6 +89,22 @@ def test_a_device_that_keeps_its_scores_is_not_shown_to_send_any(site: Path) -> 
     assert not names & {"loss_before", "loss_after", "metrics", "held_out"}
 
 
+@pytest.mark.parametrize("key", ["source", "test"])
+def test_a_mistyped_path_is_looked_for_on_no_hub(site: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    site.write_text(site.read_text().replace("[data]", '[data]\ntest = "rows.jsonl"'))
+    monkeypatch.setattr(edge_site, "federate", lambda *given, **settings: pytest.fail("it was read"))
+    for named in ('"notes-of-anna"', '["rows.jsonl", "anna/notes"]'):
+        lines = [
+            line if not line.startswith(f"{key} =") else f"{key} = {named}" for line in site.read_text().split("\n")
+        ]
+        site.write_text("\n".join(lines))
+        with pytest.raises(ConfigError, match=f"^data.{key}: expected a file or folder on this device; got '.*; paths"):
+            inspect_site(bind_site(site), source=str(site))
+        edge_site.from_file.cache_clear()
+        with pytest.raises(ConfigError, match="a device reads nothing from elsewhere"):
+            from_file(str(site))
+
+
 def test_data_that_cannot_be_read_are_refused_as_at_a_start(site: Path) -> None:
     (site.parent / "rows.jsonl").write_text("no\n")
     with pytest.raises(ConfigError, match="expected one JSON object per line"):
