@@ -143,5 +143,10 @@ def test_a_dry_run_that_is_stopped_does_not_say_that_the_server_s_run_is_allowed
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("fedtune.deployment.join.dry_run", stopped)
-    result = CliRunner().invoke(app, ["join", "site.toml", "--dry-run"])
+    # A shell has its background jobs ignore Ctrl-C, and with them a test run that is one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = CliRunner().invoke(app, ["join", "site.toml", "--dry-run"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130

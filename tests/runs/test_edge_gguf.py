@@ -49,7 +49,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_becomes_a_signed_bundle_that_shares_torchs_state(pair: Twins, tmp_path: Path) -> None:
     server, out = enroll_parties(tmp_path / "sites", now=NOW)["server"], tmp_path / "bundle"
     written = export_gguf_bundle(pair.file, out, identity=server)
-    bundle = read_bundle(out, load_roster(server / "roster", None)[0], now=NOW + 60)
+    bundle = read_bundle(out, load_roster(server / "roster", None)[0], now=int(time.time()))
     assert (bundle.signer, written.signer) == ("server", "server")
     assert (bundle.facts.runtime, bundle.facts.family, bundle.facts.dtype) == ("gguf", "llama", "q8_0")
     assert (bundle.facts.positions, bundle.facts.eos_ids, bundle.base_name) == (64, (2,), "tiny.gguf")
