@@ -2,6 +2,7 @@
 # @NAME@ @VERSION@ for Linux on @ARCH@: this script, and behind its last line a gzipped tar archive of the program.
 # The archive is unpacked once, to $FEDTUNE_HOME/bin/DIGEST (without FEDTUNE_HOME: ~/.local/share/fedtune/bin/DIGEST), and
 # the program is started from there in place of this script. Nothing is written anywhere else.
+set -eu
 glibc=@GLIBC@
 name=@NAME@ arch=@ARCH@ digest=@DIGEST@ megabytes=@MEGABYTES@ first_byte=@FIRST_BYTE@
 
@@ -11,7 +12,7 @@ refuse() {
 }
 
 first_line() {
-    printf '%s' "$1" | { read -r line; printf '%s' "$line"; }
+    printf '%s' "$1" | { read -r line || :; printf '%s' "$line"; }
 }
 
 # True if every file of an unpacked tree has the digest that it was built with.
@@ -35,7 +36,7 @@ remove_leftovers() {
 remove_other_versions() {
     for folder in "$bin"/*; do
         if [ "$folder" != "$tree" ] && [ -e "$folder/$name" ] && ! is_running "$folder"; then
-            mv "$folder" "$bin/.old-${folder##*/}-$$"
+            mv "$folder" "$bin/.old-${folder##*/}-$$" || :
         fi
     done
     remove_leftovers
@@ -43,7 +44,7 @@ remove_other_versions() {
 
 write_boot() {
     # Where it cannot be written, the next start verifies again.
-    { printf '%s\n' "$boot" >"$1/.boot"; } 2>/dev/null
+    { printf '%s\n' "$boot" >"$1/.boot"; } 2>/dev/null || :
 }
 
 # Runs in a subshell: its umask, traps and exit are its own.
@@ -55,7 +56,7 @@ unpack() {
     [ "$(uname -m)" = "$arch" ] ||
         refuse "expected a machine of architecture $arch; got $(uname -m); take the file whose name ends in it"
     file=$0
-    [ -f "$file" ] || file=$(command -v -- "$0")
+    [ -f "$file" ] || file=$(command -v -- "$0") || :
     [ -r "$file" ] || refuse "expected to read this program's own file; got $0; start it by its path"
     actual=$(tail -c +$first_byte "$file" | sha256sum)
     [ "${actual%% *}" = "$digest" ] ||
@@ -83,8 +84,8 @@ free some space, or set FEDTUNE_HOME to a folder on another disk"
     sync
 
     # Only a whole tree gets the name; where another start was quicker, its tree stays.
-    if [ -d "$tree" ] && ! is_whole "$tree"; then mv "$tree" "$bin/.old-$digest-$$"; fi
-    [ -d "$tree" ] || mv "$new" "$tree" 2>/dev/null
+    if [ -d "$tree" ] && ! is_whole "$tree"; then mv "$tree" "$bin/.old-$digest-$$" || :; fi
+    [ -d "$tree" ] || mv "$new" "$tree" 2>/dev/null || :
     rm -rf "$tree/${new##*/}"  # where the other one came between these two lines
     sync
     remove_other_versions
@@ -97,9 +98,9 @@ case $home in
     *) home=$PWD/$home ;;
 esac
 bin=$home/bin tree=$home/bin/$digest boot='' verified=''
-{ read -r boot </proc/sys/kernel/random/boot_id; } 2>/dev/null
+{ read -r boot </proc/sys/kernel/random/boot_id; } 2>/dev/null || :
 if [ -x "$tree/$name" ]; then
-    { read -r verified <"$tree/.boot"; } 2>/dev/null
+    { read -r verified <"$tree/.boot"; } 2>/dev/null || :
     # Once after each boot: power may have failed before all of it lay on the disk.
     if [ -z "$boot" ] || [ "$verified" != "$boot" ]; then
         if is_whole "$tree"; then write_boot "$tree"; else (unpack "$@") || exit $?; fi

@@ -4,7 +4,7 @@
 #                                           ~/.local/bin for others; without FILE: fedtune-edge for this architecture
 #   sh install.sh [FILE] --service          also a systemd unit, and a user fedtune-edge who may do nothing else; as root
 #   sh install.sh --uninstall [--to FOLDER] remove program, unit and unpacked files; identity, data and state stay
-set -u
+set -eu
 
 refuse() {
     printf 'install.sh: %s\n' "$1" >&2
@@ -34,7 +34,7 @@ check() {
         *-"$machine") ;;
         *) refuse "expected a file for $machine; got ${file##*/}; take the one whose name ends in -$machine" ;;
     esac
-    glibc=$(head -n 20 "$file" | grep -a '^glibc=2\.[0-9]*$')
+    glibc=$(head -n 20 "$file" | grep -a '^glibc=2\.[0-9]*$') || :
     has_glibc "${glibc#glibc=}" ||
         refuse "expected glibc ${glibc#glibc=} or newer; got $(getconf GNU_LIBC_VERSION 2>/dev/null || echo none); \
 take a file that was built for an older system"
@@ -63,14 +63,14 @@ add_service() {
     fi
     mkdir -p "$units" && sed "s|^ExecStart=[^ ]*|ExecStart=$to/$program|" "$source/$program.service" >"$unit" ||
         refuse "expected to write $unit; got an error, above"
-    if command -v systemctl >/dev/null; then systemctl daemon-reload; fi
+    if command -v systemctl >/dev/null; then systemctl daemon-reload || :; fi
     printf 'wrote %s\nput site.toml, identity/ and the model into /var/lib/%s, owned by %s, then: systemctl enable --now %s\n' \
         "$unit" "$program" "$program" "$program"
 }
 
 uninstall() {
     if [ -e "$unit" ] && [ -w "$units" ]; then
-        if command -v systemctl >/dev/null; then systemctl disable --now "$program" 2>/dev/null; fi
+        if command -v systemctl >/dev/null; then systemctl disable --now "$program" 2>/dev/null || :; fi
         rm -f "$unit"
         printf 'removed %s\n' "$unit"
     fi
