@@ -78,6 +78,8 @@ def finish(options: argparse.Namespace, where: Places) -> int:
         address = answer("Address of the server (HOST:PORT)", "")
     if enrolment.write_site(where, accepted.name, address=address, model=options.model, data=options.data):
         print(f"wrote {where.site}")
+    elif options.server:
+        print(f"{where.site} stays as it is: [link] address = {options.server!r} is to be written there by hand")
     faults = list(enrolment.missing(where.site))
     for fault in faults:
         print(f"still missing: {fault}")

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config.reading import read
-from fedtune.errors import ConfigError, Fault, FedtuneError, StoreError
+from fedtune.errors import ConfigError, Fault, FedtuneError
 from fedtune.link.pki import enrollment
-from fedtune.link.pki.identity import CA, CERTIFICATE, ROOT, SIGN_KEY, Identity
+from fedtune.link.pki.certificates import csr_key, load_signing_key, load_tls_key
+from fedtune.link.pki.identity import CA, CERTIFICATE, ROOT, SIGN_KEY, TLS_KEY, Identity
 from fedtune.link.pki.roster import NAME
-from fedtune.link.pki.signing import fingerprint
+from fedtune.link.pki.signing import fingerprint, public_bytes
 from fedtune.store import manifest as manifests
 from fedtune.store.files import store_errors, write_bytes
 
@@ -96,13 +97,17 @@ def known_name(where: Places) -> str | None:
 
 
 def request(where: Places, *, name: str, org: str) -> Asked:
-    """Create the keys that a device lacks, and write its request.
+    """Create the keys that a device lacks, and write its request; one that it has written before stays.
+
+    A new one of the same keys would have another fingerprint than the one that the operator has.
 
     Raises:
         ConfigError: if a name is malformed.
         StoreError: if the files cannot be written.
     """
     data = enrollment.make_request(where.identity, name=name, org=org, role="client")
+    if (earlier := earlier_request(where, name)) is not None and enrollment.read_request(earlier.data).org == org:
+        return earlier
     path = where.root / f"{name}{REQUEST}"
     write_bytes(path, data)
     return Asked(name, data, path)
@@ -247,6 +252,11 @@ def earlier_request(where: Places, name: str) -> Asked | None:
     try:
         data = path.read_bytes()
         asked = enrollment.read_request(data)
-    except (OSError, FedtuneError, StoreError):
+        own = load_signing_key((where.identity / SIGN_KEY).read_bytes())
+        tls = load_tls_key((where.identity / TLS_KEY).read_bytes())
+        is_own = (public_bytes(own), tls.public_key()) == (asked.key, csr_key(asked.csr))
+    except (OSError, ValueError, FedtuneError):
+        return None
+    if not is_own or asked.name != name:
         return None
     return Asked(asked.name, data, path)

@@ -37,6 +37,23 @@ def wanting(site: Path, **options: str) -> list[str]:
     return [fault.path or fault.expected.partition(" in ")[0] for fault in missing(site, **options)]
 
 
+def test_a_request_that_is_asked_for_again_keeps_its_fingerprint(tmp_path: Path) -> None:
+    """The operator compares the one that was sent first with what the owner reads out now."""
+    where = places(tmp_path / "site.toml")
+    first = request(where, name="kitchen", org="kitchen")
+    assert request(where, name="kitchen", org="kitchen") == first
+    assert request(where, name="kitchen", org="home").fingerprint != first.fingerprint
+    for key in ("tls.key", "sign.key"):
+        before = request(where, name="kitchen", org="home")
+        (where.identity / key).unlink()
+        after = request(where, name="kitchen", org="home")
+        assert after.fingerprint != before.fingerprint
+        assert earlier_request(where, "kitchen") == after
+    other = tmp_path / "kitchen.request.json"
+    other.rename(tmp_path / "hall.request.json")
+    assert earlier_request(where, "hall") is None
+
+
 def test_a_device_is_enrolled_and_each_step_removes_what_is_missing(tmp_path: Path) -> None:
     site, ca = tmp_path / "device" / "site.toml", tmp_path / "ca"
     authority.create_authority(ca, "care", now=NOW)
