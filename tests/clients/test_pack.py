@@ -64,7 +64,8 @@ def test_the_same_tree_gives_the_same_file_elsewhere_and_later(tmp_path: Path) -
 
 def test_a_file_is_the_header_and_an_archive_whose_digest_and_place_stand_in_it(tmp_path: Path) -> None:
     body = toy_file(tmp_path).read_bytes()
-    values = dict(word.split("=") for word in body.split(b"\n")[5].decode().split())
+    line = next(line for line in body.split(b"\n") if line.startswith(b"name="))
+    values = dict(word.split("=") for word in line.decode().split())
     packed = body[int(values["first_byte"]) - 1 :]
     assert hashlib.sha256(packed).hexdigest() == values["digest"]
     assert (values["name"], values["megabytes"]) == ("toy", "1")
