@@ -463,6 +463,10 @@ FAULTS = (
     Fault("runs/edge_bundle.py", "if not abs(plus - minus) <= SMALL_DIFFERENCE:", "if False:",
           "a bundle is signed whose losses jump with the smallest step"),
     # GGUF files: the rows of queries and keys, float32 inputs, and what would end the process.
+    Fault("edge/gguf_file.py", "self._header, place))) != kind:", "self._header, place))) < 0:",
+          "a value of another format ends the process", ("edge/test_gguf_decoder.py",)),
+    Fault("edge/gguf_decoder.py", "turned not in (0, size),", "False,",
+          "a device turns all of a head where the file says a part"),
     Fault("edge/gguf_runtime.py", "return interleave(rows, heads) if heads and", "return rows if heads and",
           "a device moves rows of queries and keys in transformers' order"),
     Fault("edge/gguf_forward.py", "if self.expand and tensor.kind != F32:", "if False:",

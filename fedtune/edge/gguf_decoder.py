@@ -17,6 +17,11 @@ KINDS = frozenset({0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 30})
 """Formats of matrices: F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS and BF16."""
 FACTORS = "rope_freqs.weight"
 """By which Llama 3.1 and later stretch their rotary frequencies."""
+SCALES = (
+    *("logit_scale", "embedding_scale", "residual_scale", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("rope.scaling.attn_factor", "attention.clamp_kqv"),
+)
+"""Keys, below the family's name, of what other families of llama.cpp multiply or bound."""
 OTHER = "take part by the bundle of the runtime onnx, or with the torch client"
 
 
@@ -63,7 +68,7 @@ def read_decoder(file: GgufFile) -> Decoder:
         width=width,
         heads=heads,
         kv_heads=file.integer(f"{family}.attention.head_count_kv", heads),
-        head_size=file.integer(f"{family}.attention.key_length", width // max(1, heads)),
+        head_size=head_size(file, family),
         hidden=file.integer(f"{family}.feed_forward_length"),
         vocabulary=file.tensors["token_embd.weight"].rows if "token_embd.weight" in file.tensors else 0,
         positions=file.integer(f"{family}.context_length"),
@@ -76,14 +81,26 @@ def read_decoder(file: GgufFile) -> Decoder:
     return decoder
 
 
+def head_size(file: GgufFile, family: str) -> int:
+    width, heads = file.integer(f"{family}.embedding_length"), file.integer(f"{family}.attention.head_count")
+    return file.integer(f"{family}.attention.key_length", width // max(1, heads))
+
+
 def refuse_unknown_rules(file: GgufFile, family: str) -> None:
     """Raise ConfigError for what a header may ask of the forward pass and this one does not do."""
     scaling = file.text(f"{family}.rope.scaling.type")
+    # llama.cpp takes a factor without a rule for the linear one, and an older key too.
+    bare = file.has(f"{family}.rope.scaling.factor") and not scaling
+    turned, size = file.integer(f"{family}.rope.dimension_count", 0), head_size(file, family)
     rules = {
+        "a factor of rotary positions without its rule": bare or file.has(f"{family}.rope.scale_linear"),
+        f"rotary positions for {turned} of a head's {size} numbers": turned not in (0, size),
+        "tokens that see those behind them": file.has(f"{family}.attention.causal"),
         f"rotary positions stretched by the rule {scaling!r}": scaling not in ("", "none", "linear"),
         "attention within a sliding window": file.has(f"{family}.attention.sliding_window"),
         "a mixture of experts": file.integer(f"{family}.expert_count", 0) > 0,
         "a scale of attention of its own": file.has(f"{family}.attention.scale"),
+        **{f"a value under {name}": file.has(f"{family}.{name}") for name in SCALES},
     }
     if asked := [rule for rule, is_asked in rules.items() if is_asked]:
         expected = f"a plain decoder of the family {family!r}"

@@ -80,7 +80,11 @@ class GgufFile:
         return tensors
 
     def text(self, key: str) -> str:
-        """Return a text of the header; empty if it has none."""
+        """Return a text of the header; empty if it has none.
+
+        Raises:
+            ConfigError: if its value is of another format.
+        """
         place = self._find(key, TEXT)
         return "" if place is None else str(library().gguf_get_val_str(self._header, place).decode(errors="replace"))
 
@@ -88,7 +92,7 @@ class GgufFile:
         """Return a whole number of the header.
 
         Raises:
-            ConfigError: if it has none and there is no default.
+            ConfigError: if it has none and there is no default, or its value is of another format.
         """
         place = self._find(key, UINT32)
         if place is not None:
@@ -122,8 +126,12 @@ class GgufFile:
     def _find(self, key: str, kind: int) -> int | None:
         g = library()
         place = int(g.gguf_find_key(self._header, key.encode()))
-        # A value of another format would abort the process.
-        return place if place >= 0 and g.gguf_get_kv_type(self._header, place) == kind else None
+        if place < 0:
+            return None
+        # It would abort the process; and without it, a default would take the place of what the file says.
+        if (got := int(g.gguf_get_kv_type(self._header, place))) != kind:
+            raise unreadable(self.path, f"{key} in the format {got} where {kind} belongs")
+        return place
 
 
 def unreadable(path: Path, got: str) -> ConfigError:

@@ -37,14 +37,19 @@ def test_a_file_gives_its_values_and_tensors(written: Path) -> None:
     file.close()
 
 
-def test_a_value_of_another_format_is_no_value(written: Path) -> None:
+def test_a_value_of_another_format_is_refused_and_no_default_takes_its_place(written: Path) -> None:
     # The library ends the process where a value is read in another format than it has.
     file = GgufFile(written)
-    assert file.integer("llama.expert_count", 0) == 0
-    with pytest.raises(ConfigError, match=r"one without llama\.rope\.freq_base"):
-        file.integer("llama.rope.freq_base")
-    with pytest.raises(ConfigError, match=r"one without llama\.block_count"):
-        file.real("llama.block_count")
+    with pytest.raises(ConfigError, match=r"llama\.expert_count in the format 10 where 4 belongs"):
+        file.integer("llama.expert_count", 0)
+    with pytest.raises(ConfigError, match=r"llama\.rope\.freq_base in the format 6 where 4 belongs"):
+        file.integer("llama.rope.freq_base", 7)
+    with pytest.raises(ConfigError, match=r"llama\.block_count in the format 4 where 6 belongs"):
+        file.real("llama.block_count", 7.0)
+    with pytest.raises(ConfigError, match=r"llama\.block_count in the format 4 where 8 belongs"):
+        file.text("llama.block_count")
+    with pytest.raises(ConfigError, match=r"one without llama\.head_count"):
+        file.integer("llama.head_count")
 
 
 @pytest.mark.parametrize(
