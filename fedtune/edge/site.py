@@ -118,7 +118,8 @@ class EdgeSite:
         # Over the link this was checked before the download.
         for _, reason in limit_violations(site.policy, assignment, len(site.examples)):
             raise ClientError(f"{name}: {reason}")
-        site.check_memory(task, assignment.plan.training.batch)
+        moves = 2 if task.estimator == "two-sided" else task.queries + 1
+        site.check_memory(isqrt(task.seeds), assignment.plan.training.batch, moves, setting="client.batch")
         update = measure_seeds(
             site.prober(), site.examples, assignment, task, site.replicas, site.held_out, site.on_step
         )
@@ -135,19 +136,19 @@ class EdgeSite:
             at=partial(position, opened, self.state),
         )
 
-    def check_memory(self, task: ProbeSeeds, batch: int) -> None:
-        """Check that the largest step of an order fits into the memory that is free.
+    def check_memory(self, rank: int, batch: int, moves: int, *, setting: str) -> None:
+        """Check that the largest step of an order, or batch of a request, fits into the memory that is free.
 
         Raises:
             ClientError: in the words by which a planner asks for less.
         """
-        opened, moves = self.opened, 2 if task.estimator == "two-sided" else task.queries + 1
-        longest = sorted(self.examples, key=lambda example: len(example.input_ids))[-batch:]
-        more = step_bytes(opened.bundle, isqrt(task.seeds), longest, moves)
+        opened, rows = self.opened, [*self.examples, *self.held_out]
+        longest = sorted(rows, key=lambda example: len(example.input_ids))[-batch:]
+        more = step_bytes(opened.bundle, rank, longest, moves)
         try:
             check_memory(opened.bundle, opened.max_bytes, loaded=opened.is_loaded, more=more)
         except ConfigError as error:
-            raise ClientError(f"{self.client}: {OUT_OF_MEMORY}: {error}; or lower client.batch") from error
+            raise ClientError(f"{self.client}: {OUT_OF_MEMORY}: {error}; or lower {setting}") from error
 
     def score(self, request: ScoreRequest) -> ClientScores:
         """Return what a global model scores on the rows that the device holds out.
@@ -173,6 +174,7 @@ class EdgeSite:
         if not rows:
             raise ClientError(f"{name}: expected rows that are held out; got none; set data.held_out above 0")
         ledger, trainable = request_model(self.opened, request, name)
+        site.check_memory(isqrt(ledger.bank.size), request.batch, 1, setting="evaluation.batch")
         prober = site.prober()
         with prober.at(ledger, trainable) as there:
             metrics = likelihood_at(there, prober.collate, rows, batch=request.batch)
