@@ -174,7 +174,7 @@ class EdgeSite:
         if not rows:
             raise ClientError(f"{name}: expected rows that are held out; got none; set data.held_out above 0")
         ledger, trainable = request_model(self.opened, request, name)
-        site.check_memory(isqrt(ledger.bank.size), request.batch, 1, setting="evaluation.batch")
+        site.check_memory(isqrt(ledger.bank.size), request.batch, 1, setting="evaluate.batch")
         prober = site.prober()
         with prober.at(ledger, trainable) as there:
             metrics = likelihood_at(there, prober.collate, rows, batch=request.batch)

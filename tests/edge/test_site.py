@@ -324,7 +324,7 @@ def test_a_step_that_does_not_fit_is_declined_in_the_words_that_planners_read(
     small = replace(device, opened=replace(device.opened, max_bytes=2**20))
     with pytest.raises(ClientError, match=r"ran out.*policy.max_memory_gib.*lower client.batch"):
         small.perform(order(base))
-    with pytest.raises(ClientError, match=r"ran out.*policy.max_memory_gib.*lower evaluation.batch"):
+    with pytest.raises(ClientError, match=r"ran out.*policy.max_memory_gib.*lower evaluate.batch"):
         small.score(ScoreRequest("ann", "fedkseed", 0, base.digest, batch=2))
     with pytest.raises(ConfigError, match=r"policy\.max_memory_gib"):
         _ = small.opened.runtime
