@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -104,12 +105,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         train(words)
         return DONE
+    allow_any_bytes()
     if not words:
         parser(commands()).print_help(sys.stderr)
         return USAGE
     # A word that people try with every program, beside the command of that name.
     options = parser(commands()).parse_args(["version"] if words == ["--version"] else words)
     return with_errors(partial(options.run, options), debug=options.debug)
+
+
+def allow_any_bytes() -> None:
+    """Read and write bytes of another encoding as marks: by the locale, they would end the program."""
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def parser(table: Mapping[str, Command]) -> argparse.ArgumentParser:

@@ -35,7 +35,9 @@ def run(options: argparse.Namespace) -> int:
     speaker, notes = open_speaker(options.site, tuned=not options.base)
     for note in notes:
         print(note, file=sys.stderr)
-    talk = Talk(speaker, system=options.system, new_tokens=options.new_tokens)
+    # Of bytes in another encoding the arguments hold what no text may.
+    system = options.system and options.system.encode(errors="replace").decode()
+    talk = Talk(speaker, system=system, new_tokens=options.new_tokens)
     if interactive:
         converse(talk)
     else:

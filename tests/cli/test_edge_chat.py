@@ -43,6 +43,17 @@ def test_each_line_of_a_pipe_is_a_question_of_its_own(
     assert runtime.asked[-1] == (None, (), 1)
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # by the locale that a device is started with
+def test_a_question_in_another_encoding_is_a_question(
+    device: tuple[Path, Scripted], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], errors: str
+) -> None:
+    given = io.TextIOWrapper(io.BytesIO(b"the caf\xe9\nthe fox\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr(sys, "stdin", given)
+    assert main(["chat", str(device[0]), "--json", "--system", "be na\udcefve"]) == DONE
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["question"] for answer in answers] == ["the caf\ufffd", "the fox"]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
