@@ -37,7 +37,7 @@ help:  ## list these targets
 demo: $(INSTALLED)  ## fine-tune a small model that speaks over eight clients, and show its answers before and after
 	@$(BIN)/fedtune demo
 
-test: $(INSTALLED)  ## check style and types, and run the fast tests beside them, in a little over four minutes on two cores
+test: $(INSTALLED)  ## check style and types, and run the fast tests beside them, in about five and a half minutes on two cores
 	@$(MAKE) --no-print-directory --jobs style types fast
 
 test-all: $(INSTALLED)  ## the same with every test: all crash points, kills, chaos, Ray, SuperLink, wheel and sdist
