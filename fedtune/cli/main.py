@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.cli import adapters, bundle, ca, chat, enroll, federation, provenance, roster, runs
+from fedtune.cli import adapters, ca, chat, enroll, export, federation, provenance, roster, runs
 from fedtune.cli.options import (
     DebugOption,
     JsonOption,
@@ -22,12 +22,12 @@ from fedtune.cli.options import (
     examples,
     print_line,
     report_errors,
+    run_with_progress,
 )
 from fedtune.terminal.console import console
 
 if TYPE_CHECKING:
     from fedtune.api import Run
-    from fedtune.rounds.events import Watch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -229,112 +229,7 @@ def evaluate(
                 out.print(client_views(scores["views"]["clients"]))
 
 
-@app.command(
-    epilog=examples(
-        "fedtune export runs/demo",
-        "fedtune export runs/demo --form merged --out my-model",
-        "fedtune export runs/demo --round last --out last",
-        "fedtune export runs/demo --form uniform --max-rank 16",
-        "fedtune export runs/dolly-kseed --form ledger",
-        "fedtune export runs/fedspine --deploy",
-        "fedtune export runs/fedspine --deploy --ratio 0.25 --ratio 0.5 --out models",
-        "fedtune export recipe.toml --edge bundle --identity server/identity",
-        "fedtune export models/smollm2 --edge bundle --dtype int8",
-        "fedtune export smollm2.Q4_K_M.gguf --edge bundle --runtime gguf",
-    )
-)
-def export(
-    run: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN",
-            help="Run directory, e.g. runs/demo; with --edge also a recipe, or a base by its folder or name.",
-            show_default=False,
-        ),
-    ],
-    form: Annotated[
-        str | None,
-        typer.Option(
-            help="peft: adapter with a rank per layer; uniform: the same padded to one rank; merged: a whole model; "
-            "ledger: the seeds of a FedKSeed run. Without it peft, or merged for a run of seeds.",
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder instead of RUN/FORM.")] = None,
-    max_rank: Annotated[int | None, typer.Option(min=1, help="Cut every layer to its best fit of this rank.")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Of a merged model: float32, bfloat16 or float16; the base's without it. With --edge: float32 or int8."
-        ),
-    ] = None,
-    round: Annotated[
-        str | None, typer.Option(help="best or last; the round that the recipe keeps (rounds.keep) without it.")
-    ] = None,
-    deploy: Annotated[
-        bool, typer.Option("--deploy", help="Of a run with pruning: the smaller model that each kind of device gets.")
-    ] = False,
-    ratio: Annotated[
-        list[float] | None, typer.Option(help="With --deploy: ratios to write in place of what the devices trained.")
-    ] = None,
-    edge: Annotated[
-        Path | None,
-        typer.Option("--edge", metavar="DIR", help="Write the base as a bundle for devices without torch into DIR."),
-    ] = None,
-    identity: Annotated[
-        Path | None,
-        typer.Option("--identity", metavar="DIR", help="With --edge: the coordinator's keys, which sign the bundle."),
-    ] = None,
-    runtime: Annotated[
-        str | None,
-        typer.Option(
-            help="With --edge: onnx (the default), or gguf for a base that is a GGUF file, which stays as it is."
-        ),
-    ] = None,
-    debug: DebugOption = False,
-) -> None:
-    """Write the result for others to load: a PEFT adapter, a whole merged model, pruned models, or the seeds.
-
-    With --edge the base, before any tuning, for `fedtune-edge`: graph, weights, tokenizer and digests. Its losses are
-    compared with torch's, at the base and around it, before anything is signed. Devices take bundles that a coordinator
-    of their federation has signed.
-
-    With --deploy, per pruning ratio: `recipe` (the kept indices and the adapter over the whole base), `model` (the
-    smaller model, every block of its own width; `fedtune.load_pruned` reads it), and where all blocks are equally wide
-    `stock`, which transformers loads by itself. `deploy.json` says which kind of device gets which.
-    """
-    if not deploy and ratio:
-        raise typer.BadParameter("expected --deploy beside it", param_hint="--ratio")
-    for option, value in (("--identity", identity), ("--runtime", runtime)):
-        if edge is None and value is not None:
-            raise typer.BadParameter("expected --edge beside it", param_hint=option)
-    if edge is not None and (deploy or form or out or max_rank or round):
-        raise typer.BadParameter("expected no other form beside it: it writes the base alone", param_hint="--edge")
-    if deploy and (form is not None or max_rank is not None):
-        raise typer.BadParameter("expected neither --form nor --max-rank beside it", param_hint="--deploy")
-    with report_errors(debug):
-        if edge is not None:
-            bundle.export(run, edge, runtime=runtime or "onnx", dtype=dtype, identity=identity)
-            return
-        from fedtune.runs import deploy as deploy_module
-        from fedtune.runs import export as export_module
-
-        if deploy:
-            written = run_with_progress(
-                "export",
-                True,
-                lambda watch: deploy_module.deploy(run, out=out, ratios=ratio or None, dtype=dtype, watch=watch),
-            )
-            typer.echo(written)
-            return
-        folder = run_with_progress(
-            "export",
-            True,
-            lambda watch: export_module.export(
-                run, form=form, out=out, max_rank=max_rank, dtype=dtype, round=round, watch=watch
-            ),
-        )
-        typer.echo(folder)
+export.register(app)
 
 
 @app.command(
@@ -480,18 +375,6 @@ def write_demo(path: Path, embedded: bool) -> None:
     if model is None and not embedded:
         typer.echo(remark(model))
     typer.echo(f"wrote {path} and {data}; edit it, then: fedtune simulate {path}")
-
-
-def run_with_progress(title: str, quiet: bool, call: Callable[[Watch], Any]) -> Any:
-    """Call with an observer that shows progress on stderr, or notes alone if quiet."""
-    if quiet:
-        from fedtune.rounds.events import Note
-
-        return call(lambda event: typer.echo(print_line(event.text), err=True) if isinstance(event, Note) else None)
-    from fedtune.terminal.progress import Progress
-
-    with Progress(console(sys.stderr), title=title) as progress:
-        return call(progress)
 
 
 def finish(run: Run, as_json: bool, quiet: bool) -> None:

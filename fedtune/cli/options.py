@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from fedtune.terminal.console import console
+
+if TYPE_CHECKING:
+    from fedtune.rounds.events import Watch
 
 USAGE, INTERRUPTED = 2, 130
 """Exit statuses: an error that the user can correct, and Ctrl-C."""
@@ -66,3 +71,15 @@ def print_line(text: str) -> str:
     from fedtune.terminal.text import printable
 
     return printable(text, lines=True)
+
+
+def run_with_progress(title: str, quiet: bool, call: Callable[[Watch], Any]) -> Any:
+    """Call with an observer that shows progress on stderr, or notes alone if quiet."""
+    if quiet:
+        from fedtune.rounds.events import Note
+
+        return call(lambda event: typer.echo(print_line(event.text), err=True) if isinstance(event, Note) else None)
+    from fedtune.terminal.progress import Progress
+
+    with Progress(console(sys.stderr), title=title) as progress:
+        return call(progress)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fedtune.client.site import blocks
 from fedtune.config import bind_for_sites
 from fedtune.config.recipe import sized_adapter
 from fedtune.directions.kron import Kron
@@ -197,6 +196,8 @@ def write_bundle(
 
 def facts_of(base: Base, family: str, dtype: Dtype) -> BundleFacts:
     """Return what the manifest says of a base."""
+    from fedtune.client.site import blocks
+
     return BundleFacts(
         runtime="onnx",
         family=family,

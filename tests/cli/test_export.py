@@ -1,4 +1,4 @@
-"""`fedtune export --edge` from the command line."""
+"""`fedtune export` from the command line: its options, and bundles."""
 
 from __future__ import annotations
 
