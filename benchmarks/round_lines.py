@@ -42,7 +42,7 @@ RECORDERS = ("record_round",)
 LIMITS = {"method and client training": 250, "whole": 900}
 
 MINE = ("method", "client")
-METHOD = ("methods/", "round.py", "messages.py")
+METHOD = ("methods/", "round.py", "tasks.py", "messages.py")
 LOOP = (
     ("loop", ("rounds.py", "rounds/", "schedule.py", "timing.py", "transport.py", "simulation/inprocess.py")),
     ("admission", ("admit.py", "rounds/admission.py")),

@@ -1,40 +1,93 @@
-"""The messages of a round as values: assignments, updates and failures, with the settings that travel in them."""
+"""The messages of a round as values: assignments, updates and failures; what they ask for stands in `fedtune.tasks`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Annotated, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-from annotated_types import Ge, Gt, Interval
-
-from fedtune.errors import ShapeError
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import BlockLayout, ModelStructure
+from fedtune.tasks import (
+    OMIT_DEFAULT,
+    ON_SERVER,
+    VERBS,
+    BankName,
+    BaseDtype,
+    Estimator,
+    ImportanceName,
+    Plan,
+    PlannedClient,
+    ProbeSeeds,
+    Proximal,
+    Pruning,
+    Sampling,
+    SeedState,
+    TailRank,
+    Task,
+    Term,
+    Training,
+    TrainLora,
+    Upload,
+    Verb,
+    View,
+    WireDtype,
+)
 from fedtune.tensors import Array, Tensors
 
-WireDtype: TypeAlias = Literal["fp32", "bf16", "fp16", "int8", "int4"]
-Upload: TypeAlias = Literal["factors", "difference"]
+__all__ = [
+    "MOVES",
+    "OMIT_DEFAULT",
+    "ON_SERVER",
+    "OUT_OF_MEMORY",
+    "VERBS",
+    "AdmittedUpdate",
+    "Assignment",
+    "BankName",
+    "BaseDtype",
+    "Blueprint",
+    "Client",
+    "ClientScores",
+    "ClientUpdate",
+    "Estimator",
+    "Failure",
+    "ImportanceName",
+    "LoraResult",
+    "Measured",
+    "Outcome",
+    "Plan",
+    "PlannedClient",
+    "ProbeResult",
+    "ProbeSeeds",
+    "Proximal",
+    "Pruning",
+    "Role",
+    "Sampling",
+    "ScoreRequest",
+    "SeedState",
+    "Size",
+    "TailRank",
+    "Task",
+    "Term",
+    "Traffic",
+    "TrainLora",
+    "Training",
+    "Upload",
+    "Verb",
+    "View",
+    "Weight",
+    "Weighting",
+    "WireDtype",
+    "cohort_weights",
+]
+
 Weighting: TypeAlias = Literal["examples", "uniform"]
-BankName: TypeAlias = Literal["hadamard", "gaussian", "kron"]
-Sampling: TypeAlias = Literal["uniform", "distinct", "pro"]
-Estimator: TypeAlias = Literal["two-sided", "one-sided"]
-Verb: TypeAlias = Literal["adapt", "probe"]
-BaseDtype: TypeAlias = Literal["", "int8", "nf4"]
-View: TypeAlias = Literal["whole", "deployed"]
-ImportanceName: TypeAlias = Literal["", "gain", "gradient", "svd", "adalora"]
 Role: TypeAlias = Literal["change", "factors", "saved", "scalars", "mean"]
 """Parts of an update's change that are bounded apart: the layers' products b a, the factors' own numbers,
 modules_to_save, the scalars of seeds, and what a `LinearMethod` takes the mean of."""
 MOVES: Sequence[Role] = ("change", "saved", "scalars")
 """The roles by which the model itself moves."""
-
-OMIT_DEFAULT: Mapping[str, bool] = {"omit_default": True}
-"""Metadata of a recipe's key that a release added: at its default it is left out of a recipe's text and of its digest,
-so that digests which sites have pinned in their policies still hold."""
-ON_SERVER: Mapping[str, bool] = {"travels": False}
-"""Metadata of a settings field that is no part of the settings on the wire."""
 
 
 @dataclass(frozen=True)
@@ -52,253 +105,6 @@ class Client:
     """Seconds for 1e12 operations, as it has measured for the coming round alone; None where it has not."""
     s_per_mb: float | None = None
     """Seconds for a megabyte, down and up alike, measured likewise."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a client trains in one round; the recipe's table `client`.
-
-    With `fedkseed` there are only batch, learning_rate, steps and epochs; the other keys are refused.
-    """
-
-    batch: Annotated[int, Ge(1)] = 4
-    """Examples per forward pass."""
-    learning_rate: Annotated[float, Gt(0)] = 2e-4
-    """Step size of the optimizer; with `fedkseed`, of each step along a direction."""
-    steps: Annotated[int, Ge(1)] | None = None
-    """Optimizer steps per round; with `fedkseed`, directions measured per round. Give either `steps` or `epochs`; a
-    recipe with neither gets 10 steps."""
-    epochs: Annotated[float, Gt(0)] | None = None
-    """Passes over the client's examples per round, turned into steps for each client. Give either `steps` or `epochs`.
-    """
-    accumulation: Annotated[int, Ge(1)] = 1
-    """Forward passes per optimizer step: one step sees batch * accumulation examples."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """adamw: Adam with decoupled weight decay; sgd: stochastic gradient descent. Its memory starts empty in every
-    round."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls after the warm-up, within the steps of one round: not at all, in a line or a half
-    cosine to zero."""
-    warmup: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """Share of the steps over which the learning rate rises linearly from zero."""
-    weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Decoupled weight decay of the adapter's parameters; 0 is off."""
-    momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """Momentum of sgd: share of the last step that is repeated; 0 is off. Not with adamw."""
-    clip_norm: Annotated[float, Gt(0)] | None = 1.0
-    """Gradients with a larger norm than this are scaled down to it; none never scales."""
-    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """Dropout on the input of the trained adapter; nothing else of the model is dropped."""
-    autocast: Literal["auto", "bf16", "off"] = "auto"
-    """Arithmetic of forward passes. bf16: in bfloat16; off: in `model.dtype`; auto: bf16 where the device computes it
-    fast (CUDA from Ampere on)."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of storing them: less memory, about a third more time."""
-    packing: bool = field(default=False, metadata=OMIT_DEFAULT)
-    """Put short examples of a batch behind each other into one row, as long as its longest, in place of padding; unlike
-    with `data.packing` none sees another, and steps and losses stay as they are, up to rounding. For causal models
-    whose attention goes by positions; others are refused."""
-    proximal: Annotated[float, Ge(0)] = field(default=0.0, metadata={**ON_SERVER, **OMIT_DEFAULT})
-    """FedProx's mu: adds mu / 2 times the squared distance from the received values to the loss, for all that is
-    trained; 0 is off."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one client is asked to train with in one round."""
-
-    client: str
-    rank: int
-    """LoRA rank of every target module; the largest of `ranks` where these are given."""
-    scale: float
-    """alpha / rank, or alpha / sqrt(rank) with rsLoRA: the factor between B as trained and b as sent."""
-    training: Training
-    """With `steps` set."""
-    ratio: float = 0.0
-    """Share of the blocks' weights to be pruned away, in [0, 0.875]; 0 leaves the model whole."""
-    ranks: tuple[int, ...] = ()
-    """LoRA rank by target module, in sorted order of their names; none: `rank` for all. A module of rank 0 is not
-    trained, and no part of the update."""
-    back: float = 0.0
-    """Share of each block's heads and channels that the backward pass leaves out, in [0, 0.875]; the forward pass is
-    whole."""
-    base_dtype: BaseDtype = ""
-    """Number format of the frozen base; empty: as the recipe's `model.dtype`."""
-    view: View = "whole"
-    """Which model the trained adapter is of. deployed: the pruned one alone; it never enters the whole model."""
-    importance: ImportanceName = ""
-    """How the client scores each module that it trains; empty: not at all. See `model.module_importance`."""
-
-    def rank_of(self, modules: Iterable[str]) -> Mapping[str, int]:
-        """Return the rank of each trained module, by name; modules of rank 0 are left out.
-
-        Raises:
-            ShapeError: if there are other than one rank a module, or none is trained.
-        """
-        names = sorted(modules)
-        if not self.ranks:
-            return dict.fromkeys(names, self.rank)
-        if len(self.ranks) != len(names) or max(self.ranks) != self.rank:
-            expected = f"one for each of {len(names)} modules, the largest {self.rank}"
-            raise ShapeError(f"ranks: expected {expected}; got {len(self.ranks)}, the largest {max(self.ranks)}")
-        return {name: rank for name, rank in zip(names, self.ranks, strict=True) if rank > 0}
-
-
-@dataclass(frozen=True)
-class PlannedClient:
-    """A planner's choice for one client in one round, with what stays on the server."""
-
-    plan: Plan
-    first_ratio: float = 0.0
-    """Smallest ratio that fits the device: a client that takes part for the first time measures its loss before
-    training in a model pruned by this ratio."""
-    deadline_s: float | None = None
-    """When the planner expects the round to end."""
-    why: str = ""
-    """Reason for the choice, for the records."""
-    down_rank: int | None = None
-    """Largest rank of the global change that the client is sent; None: as the method's settings say."""
-    top: float = 1.0
-    """The share of the blocks, from the top, whose modules `Plan.ranks` trains, as the planner chose it; 1 where the
-    ranks are of another choice."""
-    share: float = 1.0
-    """The share of the recipe's steps that the plan takes, as the planner chose it."""
-    batch: int | None = None
-    """Examples per forward pass, where the planner chose others than the recipe's."""
-    whole_requested: bool = False
-    """Whether the client is to measure its change in the whole model where it trains a smaller one; it holds both."""
-
-
-@dataclass(frozen=True)
-class TailRank:
-    """Term of a client's objective: weight * sum over modules of ||B[:, g:]|| ||A[g:, :]||, g = decay * rank.
-
-    HetLoRA's regulariser, Cho et al., EMNLP 2024, arXiv 2401.06432, section 3.2. Where the sum ends below its value at
-    the start, the client cuts its factors to rank g.
-    """
-
-    weight: float
-    """Lambda, at least 0; 0 leaves loss and rank as they are."""
-    decay: float
-    """Gamma, in (0, 1]."""
-
-
-@dataclass(frozen=True)
-class Proximal:
-    """Term of a client's objective: mu / 2 * squared distance of all that is trained from its start.
-
-    FedProx, Li et al., MLSys 2020, arXiv 1812.06127, equation 2.
-    """
-
-    mu: float
-    """At least 0."""
-
-
-Term: TypeAlias = TailRank | Proximal
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """How a client makes its model smaller for one round, and what it measures around that.
-
-    Structures travel as bitmaps over the whole base (`structure.bitmap`); empty bytes are the whole model.
-    """
-
-    settings: PruningSettings
-    stages: tuple[bytes, ...] = ()
-    """Structures to train in, one after the other, each a part of the one before; none: the whole model, or with the
-    policy `local` what the client's own scores say."""
-    previous: bytes = b""
-    """Structure of the client's last participation, in which `loss_before` is measured."""
-    scores_requested: bool = False
-    """Scores are to be sent, or with the policy `vote` a mask."""
-    moments_requested: bool = False
-    """Moments of the layers' inputs are to be sent, by which pruned models are repaired; asked of clients that train
-    the whole model."""
-    whole_requested: bool = False
-    """The losses are to be measured in the whole model as well, of a client that holds it; the blobs are then in the
-    coordinates of the whole base."""
-
-
-@dataclass(frozen=True)
-class TrainLora:
-    """The task to train a LoRA adapter by first-order steps: where it starts, what is trained, what is sent back.
-
-    A starts as `draw_a(a_key, ...)` and B as zero; then the rows of A and the columns of B that came in the blob
-    `local` take the first places (b is divided by the plan's scale).
-    """
-
-    a_key: int
-    train: Literal["ab", "b"] = "ab"
-    upload: Upload = "factors"
-    """difference: end minus start of either factor, which keeps its precision in a wire format of 16 bits or fewer."""
-    wire_dtype: WireDtype = "bf16"
-    """Number format of the upload; modules_to_save always travel in fp32."""
-    terms: tuple[Term, ...] = ()
-    """Of the objective, beside the loss on the client's examples; each kind at most once."""
-    blobs: Mapping[str, Tensors] = field(default_factory=dict)
-    """Tensors by role: `global` (frozen adapter), `local` (start of the trainable one), `saved` (modules_to_save),
-    `moments` (of the base's layers, by which a pruned model is repaired).
-
-    Adapters are flat, as `adapter.pack` makes them. In `global`, `<module>.w` (out, in) may replace both factors. Both
-    may be quantised (`number_formats`).
-    """
-    pruning: Pruning | None = None
-    """How the model is pruned; the blobs are in the coordinates of all that `stages` and `previous` keep, or of the
-    whole base with the policy `local`."""
-
-
-@dataclass(frozen=True)
-class SeedState:
-    """The accumulators of FedKSeed as they travel; see `directions.downlink`."""
-
-    form: Literal["whole", "changed", "log"]
-    since: int
-    """Rounds whose result the client must know, for `changed` and `log`; 0: accumulators of zero."""
-    data: bytes
-    round: int
-    """Rounds that are in the accumulators."""
-    digest: bytes
-    """SHA-256 of the seed ledger that they give, 32 bytes."""
-
-
-@dataclass(frozen=True)
-class ProbeSeeds:
-    """The task to measure losses along seeded directions: how, and from which weights; see `directions`."""
-
-    bank: BankName
-    seeds: int
-    """K."""
-    key: int
-    """Of the bank, 64 bits."""
-    exponent: int
-    """e of the displacement unit 2^-e."""
-    shift: int
-    """A scalar of one on the wire moves an accumulator by 2^shift."""
-    perturbation: int
-    """E, in displacement units: the loss is measured at A - E and A + E."""
-    state: SeedState
-    sampling: Sampling = "uniform"
-    levels: bytes = b""
-    """`pro`: a byte per seed, its share of the draws."""
-    estimator: Estimator = "two-sided"
-    queries: int = 1
-    """`one-sided`: directions per optimizer step."""
-    normalise: bool = False
-    """`one-sided`: divide by the standard deviation of the step's losses instead of by the perturbation."""
-    clip: float = math.inf
-    """Largest |g|: a number, infinite for none, or 0 for twice the running 0.9-quantile."""
-    trainable: Sequence[str] = ()
-    """Globs over the tensors that are moved; none takes all that the bank allows."""
-    vectors: bool = False
-    embeddings: bool = False
-    calibrate: bool = False
-    """Measure how large g is and move nothing."""
-
-
-Task: TypeAlias = TrainLora | ProbeSeeds
-VERBS: Mapping[type[Task], Verb] = {TrainLora: "adapt", ProbeSeeds: "probe"}
-"""The names of the tasks in recipes."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tensors", "data"),
     ("directions", "lora", "number_formats"),
     ("pruning",),
+    ("tasks",),
     ("messages",),
     ("probing",),
     ("methods", "planning", "wire", "model"),

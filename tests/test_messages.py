@@ -1,17 +1,14 @@
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError
 
 import pytest
 
-from fedtune.errors import ShapeError
 from fedtune.messages import (
     AdmittedUpdate,
     ClientUpdate,
     Failure,
     LoraResult,
-    Plan,
-    Training,
     cohort_weights,
 )
 
@@ -41,17 +38,3 @@ def test_messages_cannot_be_edited() -> None:
 
 def test_a_client_that_fails_is_not_refused() -> None:
     assert Failure.from_text("a", "out of memory").kind == "failed"
-
-
-PLAN = Plan("a", 8, 2.0, Training(steps=1))
-
-
-def test_ranks_are_by_module_in_sorted_order_and_those_of_rank_0_are_left_out() -> None:
-    assert PLAN.rank_of(["y", "x"]) == {"x": 8, "y": 8}
-    assert replace(PLAN, ranks=(0, 8, 3)).rank_of(["z", "x", "y"]) == {"y": 8, "z": 3}
-
-
-@pytest.mark.parametrize("ranks", [(8,), (8, 8, 8, 8), (0, 0, 0), (8, 9, 1), (4, 4, 4)])
-def test_ranks_that_are_not_the_bases_are_refused(ranks: tuple[int, ...]) -> None:
-    with pytest.raises(ShapeError, match=r"ranks: expected one for each of 3 modules, the largest 8; got \d"):
-        replace(PLAN, ranks=ranks).rank_of("xyz")
