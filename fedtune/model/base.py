@@ -36,6 +36,7 @@ from fedtune.model.load_checks import (
     padding_token,
     table_positions,
 )
+from fedtune.model.pooling import Kind, choose_pooling, set_pooling, with_pooling
 from fedtune.model.quantised_layers import (
     codes_digest,
     describe_weight,
@@ -237,12 +238,15 @@ def load(
         else:
             model, new, given = streamed.model, streamed.new, streamed.given
         embedding_rows(model)  # fails for models that read characters
+        pooling = choose_pooling(settings, config, source)
     except (*LOAD_ERRORS, ShapeError) as error:
         raise not_found(settings, error) from error
     check_complete(settings, model, new)
     came = classifies and not {name for name in given if name.startswith(output_layer(model))}
     notes = [classes.note] if came and classes.note else []
-    base = base_of(settings, adapter, model, tokenizer, path=str(path), new=new, notes=notes, streamed=streamed)
+    base = base_of(
+        settings, adapter, model, tokenizer, path=str(path), new=new, notes=notes, streamed=streamed, pooling=pooling
+    )
     if not classifies:
         check_causal(settings, base.model, base.positions)
     check_digest(settings, base)
@@ -298,6 +302,7 @@ def base_of(
     new: Sequence[str] = (),
     notes: Sequence[str] = (),
     streamed: Streamed | None = None,
+    pooling: Kind | None = None,
 ) -> Base:
     """Return a loaded model as a base: frozen, in eval mode, quantised, on the recipe's device; all of that in place.
 
@@ -310,19 +315,23 @@ def base_of(
         new: names of the tensors that its checkpoint lacks.
         notes: what a user should know about it.
         streamed: what is known of a model that was quantised as it was read.
+        pooling: of a classifier, where that is not its architecture's own.
 
     Raises:
         ConfigError: if the device or a target module does not exist, or no layer can be quantised.
     """
     device = choose_device(settings.device)
     check_finite(settings, model)
+    # Before a pooler goes, and the heads are held in float32 below: the digest is of the tensors as they were loaded.
+    base_digest = with_pooling(streamed.digest if streamed else digest(model, leave_out=new), pooling)
+    set_pooling(model, pooling)
+    present = model.state_dict().keys()
+    new = [name for name in new if name in present]  # not of a pooler that is gone
     # A decoder's classifier refuses batches without a padding token.
     model.config.pad_token_id = padding_token(model, tokenizer)
     # In eval mode for good: only adapters have dropout; see `train.only_adapters_train`.
     model.requires_grad_(False).eval()
     saved_modules = find_saved(model, adapter.modules_to_save, new, task=settings.task)
-    # Before the heads are held in float32 below: the digest is of the tensors as they were loaded.
-    base_digest = streamed.digest if streamed else digest(model, leave_out=new)
     entries = streamed.entries if streamed else quantise_model(settings, model, saved_modules)
     model.to(device)
     if (outside := without_quantisation(settings).dtype) != "float32":
@@ -400,9 +409,10 @@ def base_from_object(settings: ModelSettings, adapter: AdapterSettings, given: A
     if quantised_layers(model):
         hint = "pass the model that it was before; fedtune quantises a copy"
         raise ConfigError(Fault("model", "a model that holds its weights", "codes in place of some of them", hint))
-    if quantised_format(settings.dtype):
+    pooling = choose_pooling(settings, model.config, None)
+    if quantised_format(settings.dtype) or pooling:
         model = shared_copy(model)  # the caller's own keeps its layers, for another run
-    base = base_of(settings, adapter, model, tokenizer, path=model.name_or_path or settings.base)
+    base = base_of(settings, adapter, model, tokenizer, path=model.name_or_path or settings.base, pooling=pooling)
     check_digest(settings, base)
     return base
 

@@ -18,6 +18,7 @@ from fedtune.model.base_files import check_folder, locate, not_found, readable
 from fedtune.model.device import DTYPES, number_format
 from fedtune.model.libraries import quiet
 from fedtune.model.load_checks import embedding_rows, padding_token
+from fedtune.model.pooling import choose_pooling, set_pooling
 from fedtune.model.settings import AdapterSettings, ModelSettings, without_quantisation
 from fedtune.model.surgery import layout_of
 from fedtune.model.targets import find_saved, find_targets
@@ -49,6 +50,7 @@ def sized_base(
         with quiet(), torch.device("meta"):
             model = auto_class(settings.task).from_config(config, dtype=outside)
         embedding_rows(model)  # fails for models that read characters
+        set_pooling(model, choose_pooling(settings, config, source))
     except LOAD_ERRORS as error:
         raise not_found(settings, error) from error
     model.config.pad_token_id = padding_token(model, tokenizer)

@@ -14,6 +14,7 @@ from fedtune.data.settings import OMIT_DEFAULT
 
 QuantisedFormat = Literal["int8", "nf4"]
 FloatFormat = Literal["float32", "bfloat16", "float16"]
+PoolingName = Literal["auto", "mean", "cls", "model"]
 NumberFormat = Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"]
 QUANTISED: Sequence[QuantisedFormat] = ("int8", "nf4")
 """The formats of bases whose blocks' linear layers are held in 8 or 4 bits."""
@@ -50,6 +51,10 @@ class ModelSettings:
     """Processes that train one client's adapter together, each on a GPU of its own (`cuda:0`, `cuda:1`, ...) with the
     whole base: each computes its share of the rows of every batch. With `device = "cpu"` they are processes of the CPU.
     """
+    pooling: PoolingName = field(default="auto", metadata=OMIT_DEFAULT)
+    """What a text encoder's classification head reads. mean: the mean of the tokens' last hidden states; cls: the first
+    token's; model: as the architecture has it, for BERT the first token's through a layer of its own; auto: as the
+    files of a sentence encoder say, and otherwise as the architecture has it."""
     digest: str | None = field(default=None, metadata=OMIT_DEFAULT)
     """SHA-256 of the base in this number format (a quantised one's as it is in `unquantised`), as `fedtune plan --pin`
     writes it here; another base is refused. none takes any."""
