@@ -15,6 +15,7 @@ from fedtune.tasks import (
     VERBS,
     BankName,
     BaseDtype,
+    DescendSeeds,
     Estimator,
     ImportanceName,
     Plan,
@@ -23,7 +24,9 @@ from fedtune.tasks import (
     Proximal,
     Pruning,
     Sampling,
+    ScalarBits,
     SeedState,
+    SeedTask,
     TailRank,
     Task,
     Term,
@@ -50,6 +53,8 @@ __all__ = [
     "Client",
     "ClientScores",
     "ClientUpdate",
+    "DescendResult",
+    "DescendSeeds",
     "Estimator",
     "Failure",
     "ImportanceName",
@@ -64,8 +69,11 @@ __all__ = [
     "Pruning",
     "Role",
     "Sampling",
+    "ScalarBits",
     "ScoreRequest",
+    "SeedResult",
     "SeedState",
+    "SeedTask",
     "Size",
     "TailRank",
     "Task",
@@ -83,10 +91,11 @@ __all__ = [
 ]
 
 Weighting: TypeAlias = Literal["examples", "uniform"]
-Role: TypeAlias = Literal["change", "factors", "saved", "scalars", "mean"]
+Role: TypeAlias = Literal["change", "factors", "saved", "scalars", "numbers", "mean"]
 """Parts of an update's change that are bounded apart: the layers' products b a, the factors' own numbers,
-modules_to_save, the scalars of seeds, and what a `LinearMethod` takes the mean of."""
-MOVES: Sequence[Role] = ("change", "saved", "scalars")
+modules_to_save, the scalars of seeds that were measured, the numbers of those that a client moved by first-order steps,
+and what a `LinearMethod` takes the mean of."""
+MOVES: Sequence[Role] = ("change", "saved", "scalars", "numbers")
 """The roles by which the model itself moves."""
 
 
@@ -116,7 +125,8 @@ class Assignment:
     seed: int
     """This client's key for this round; data order and dropout are derived from it."""
     plan: Plan
-    """Of a `ProbeSeeds` task only `client` and the training's batch, learning_rate and steps are used."""
+    """Of a `ProbeSeeds` task only `client` and the training's batch, learning_rate and steps are used; of a
+    `DescendSeeds` task the training's accumulation too."""
     task: Task
     base: str = ""
     """Digest of the base model that the tensors belong to."""
@@ -133,8 +143,14 @@ class Assignment:
 
     @property
     def probe(self) -> ProbeSeeds:
+        """What the task says of accumulators, directions and measuring, where it is known to be one of seeds."""
+        assert isinstance(self.task, SeedTask)
+        return self.task.probe if isinstance(self.task, DescendSeeds) else self.task
+
+    @property
+    def descend(self) -> DescendSeeds:
         """The task, where it is known to be this one."""
-        assert isinstance(self.task, ProbeSeeds)
+        assert isinstance(self.task, DescendSeeds)
         return self.task
 
 
@@ -208,7 +224,28 @@ class ProbeResult:
     rms: float | None = None
     """`calibrate`: root mean square of learning_rate * g."""
     lost: bool = False
-    """The client does not hold the accumulators that the message refers to: it asks for them whole."""
+    """The client does not hold the accumulators that the message refers to: it asks for them whole. It so answers a
+    `DescendSeeds` task too."""
+
+
+@dataclass(frozen=True)
+class DescendResult:
+    """The result of a `DescendSeeds` task: number n moves accumulator n of the newest bank by n-th number * 2^shift."""
+
+    numbers: Array
+    """int8 (groups * K,), row-major; within +-127, +-7 or +-1 for 8, 4 or 2 bits."""
+    shift: int
+    """The smallest that keeps the largest number within its bits."""
+    bits: ScalarBits = 8
+    state: bytes = b""
+    """As in `ProbeResult`."""
+    checks: bytes = b""
+    """As in `ProbeResult`."""
+    skipped: int = 0
+    """Optimizer steps that were left out because their loss or gradient was not finite."""
+
+
+SeedResult: TypeAlias = ProbeResult | DescendResult
 
 
 @dataclass(frozen=True)
@@ -218,7 +255,7 @@ class ClientUpdate:
     client: str
     round: int
     num_examples: int
-    result: LoraResult | ProbeResult
+    result: LoraResult | SeedResult
     measured: Measured = Measured()
 
     @property
@@ -229,8 +266,20 @@ class ClientUpdate:
 
     @property
     def probe(self) -> ProbeResult:
-        """The result, where the task is known to have been `ProbeSeeds`."""
+        """The result, where seeds are known to have been measured."""
         assert isinstance(self.result, ProbeResult)
+        return self.result
+
+    @property
+    def descend(self) -> DescendResult:
+        """The result, where the task is known to have been `DescendSeeds`, and done."""
+        assert isinstance(self.result, DescendResult)
+        return self.result
+
+    @property
+    def seeds(self) -> SeedResult:
+        """The result, where the task is known to have been one of seeds."""
+        assert isinstance(self.result, SeedResult)
         return self.result
 
 
@@ -350,8 +399,18 @@ class AdmittedUpdate:
 
     @property
     def probe(self) -> ProbeResult:
-        """The result, of a method whose task is `ProbeSeeds`."""
+        """The result, where seeds are known to have been measured."""
         return self.update.probe
+
+    @property
+    def descend(self) -> DescendResult:
+        """The result, where the numbers of seeds are known to have been moved by first-order steps."""
+        return self.update.descend
+
+    @property
+    def seeds(self) -> SeedResult:
+        """The result, of a method whose tasks are of seeds."""
+        return self.update.seeds
 
 
 OUT_OF_MEMORY = "memory ran out"

@@ -18,7 +18,8 @@ Upload: TypeAlias = Literal["factors", "difference"]
 BankName: TypeAlias = Literal["hadamard", "gaussian", "kron"]
 Sampling: TypeAlias = Literal["uniform", "distinct", "pro"]
 Estimator: TypeAlias = Literal["two-sided", "one-sided"]
-Verb: TypeAlias = Literal["adapt", "probe"]
+Verb: TypeAlias = Literal["adapt", "probe", "descend"]
+ScalarBits: TypeAlias = Literal[8, 4, 2]
 BaseDtype: TypeAlias = Literal["", "int8", "nf4"]
 View: TypeAlias = Literal["whole", "deployed"]
 ImportanceName: TypeAlias = Literal["", "gain", "gradient", "svd", "adalora"]
@@ -273,6 +274,29 @@ class ProbeSeeds:
     """Measure how large g is and move nothing."""
 
 
-Task: TypeAlias = TrainLora | ProbeSeeds
-VERBS: Mapping[type[Task], Verb] = {TrainLora: "adapt", ProbeSeeds: "probe"}
+@dataclass(frozen=True)
+class DescendSeeds:
+    """The task to move the numbers of seeded directions by first-order steps, and to send what each has moved by.
+
+    The plan's training is that of these steps: its `learning_rate` is the root mean square of the weights' change in
+    one step, as a share of that of the base's own weights.
+    """
+
+    probe: ProbeSeeds
+    """From which weights and along which directions; and how to measure them, where `fallback` says with which steps.
+    """
+    count: int
+    """Numbers of the answer: groups x K."""
+    largest_shift: int
+    """A number of one in the answer moves an accumulator by at most 2^largest_shift."""
+    bits: ScalarBits = 8
+    """Of each number of the answer."""
+    fallback: Training | None = None
+    """How a client whose memory does not allow a backward pass measures seeds instead, with `steps` set: it then
+    answers as to a `ProbeSeeds` task. None: it fails."""
+
+
+SeedTask: TypeAlias = ProbeSeeds | DescendSeeds
+Task: TypeAlias = TrainLora | SeedTask
+VERBS: Mapping[type[Task], Verb] = {TrainLora: "adapt", ProbeSeeds: "probe", DescendSeeds: "descend"}
 """The names of the tasks in recipes."""

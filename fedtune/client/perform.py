@@ -25,6 +25,7 @@ from fedtune.lora.adapter import Adapter, Factors
 from fedtune.messages import (
     Assignment,
     ClientUpdate,
+    DescendSeeds,
     LoraResult,
     Measured,
     Plan,
@@ -91,6 +92,8 @@ def perform(
             case ProbeSeeds() as task:
                 prober = prober_of(base, client=assignment.plan.client, batch=assignment.plan.training.batch)
                 return measure_seeds(prober, examples, assignment, task, replicas or Replicas(), held_out, on_step)
+            case DescendSeeds():
+                raise ClientError(f"{assignment.plan.client}: expected a task to probe or to train; got one to descend")
             case TrainLora() as task:
                 return train_adapter(base, examples, assignment, task, held_out, on_step, shares)
 

@@ -107,7 +107,7 @@ def rank(one: Comparison) -> str:
 
 
 def terms(order: Assignment) -> tuple[Any, ...]:
-    return () if isinstance(order.task, ProbeSeeds) else order.task.terms
+    return order.task.terms if isinstance(order.task, TrainLora) else ()
 
 
 def ratio(one: Comparison) -> str:

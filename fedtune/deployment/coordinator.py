@@ -46,7 +46,7 @@ from fedtune.link.server.metrics import Metrics, serve_health
 from fedtune.link.server.run_info import RunInfo
 from fedtune.link.server.server import serve_link
 from fedtune.link.settings import LinkSettings
-from fedtune.messages import Blueprint, Failure, ProbeSeeds, TrainLora
+from fedtune.messages import Blueprint, DescendSeeds, Failure, ProbeSeeds, Task, TrainLora
 from fedtune.rounds.admission import largest_update
 from fedtune.runs.resume import as_started, check_resumable, write_options
 from fedtune.runs.runner import run_recipe
@@ -272,11 +272,13 @@ def max_update_bytes(front: bytes, blueprint: Blueprint) -> int:
     message = parse(round_pb2.Assignment(), front)
     if message.verb == round_pb2.SCORE:
         return MAX_SCORES_BYTES
-    task = ProbeSeeds if message.verb == round_pb2.PROBE else TrainLora
+    verbs: Mapping[int, type[Task]] = {round_pb2.PROBE: ProbeSeeds, round_pb2.DESCEND: DescendSeeds}
+    descend = message.descend
+    scalars = (message.probe.steps, descend.probe.steps, -(-descend.count * descend.bits // 8))
     return largest_update(
-        task,
+        verbs.get(message.verb, TrainLora),
         rank=max(1, message.plan.rank),
-        steps=message.probe.steps,
+        scalar_bytes=max(scalars),
         blueprint=blueprint,
         # Scores, and moments that may be larger than the factors, come with an answer to a task that prunes.
         pruned=message.HasField("surgery"),

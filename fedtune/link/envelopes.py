@@ -133,6 +133,8 @@ def assignment_subject(front: bytes, parts: Sequence[pb.Part]) -> tuple[int, str
     assignment = parse(round_pb2.Assignment(), front)
     if assignment.verb == round_pb2.PROBE:
         return assignment.round, assignment.base, assignment.probe.state.digest
+    if assignment.verb == round_pb2.DESCEND:
+        return assignment.round, assignment.base, assignment.descend.probe.state.digest
     # Without the header's own part, which differs between clients; sorted, so that keys do not matter.
     bodies = b"".join(sorted(part.digest for part in parts if part.key))
     return assignment.round, assignment.base, sha256(bodies).digest()

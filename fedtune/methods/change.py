@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 
 from fedtune.lora.adapter import Factors, draw_a
-from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, ProbeSeeds, Role, Size, TrainLora
+from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, ProbeResult, Role, Size, TrainLora
 from fedtune.number_formats import from_wire
 from fedtune.tensors import Array, Tensors, squared_norm
 
@@ -36,7 +36,9 @@ class Change:
     saved: Tensors = field(default_factory=dict)
     """modules_to_save."""
     scalars: Tensors = field(default_factory=dict)
-    """Of a `ProbeSeeds` task."""
+    """Of seeds that were measured."""
+    numbers: Tensors = field(default_factory=dict)
+    """What accumulators move by, where a client has descended."""
     start: float = 0.0
     """Squared norm of the factors before training, or a little more: weight decay moves them in proportion to it."""
     rounded: float = 0.0
@@ -80,8 +82,13 @@ def change_of(
         drawn: by module, A as every client draws it, where that is drawn already; smaller ranks are its first rows.
     """
     task = assignment.task
-    if isinstance(task, ProbeSeeds):
-        yield Change(scalars={"scalars": update.probe.scalars.astype(np.float32)})
+    if not isinstance(task, TrainLora):
+        result = update.seeds
+        if isinstance(result, ProbeResult):
+            yield Change(scalars={"scalars": result.scalars.astype(np.float32)})
+        else:
+            # Of another size than scalars: these are bounded apart, in the accumulators' own units.
+            yield Change(numbers={"numbers": np.ldexp(result.numbers.astype(np.float32), result.shift)})
         return
     # Numbers, where codes were sent: a client starts from what it could decode.
     task = replace(task, blobs={role: from_wire(tensors) for role, tensors in task.blobs.items() if role == "local"})
@@ -172,7 +179,7 @@ def saved_change(saved: Tensors, update: AdmittedUpdate) -> Tensors:
 
 def extent_of(parts: Iterable[Change]) -> Extent:
     """Return how much the parts of a change make up together; each is dropped before the next is computed."""
-    squares: dict[Role, dict[str, float]] = {"change": {}, "factors": {}, "saved": {}, "scalars": {}}
+    squares: dict[Role, dict[str, float]] = {"change": {}, "factors": {}, "saved": {}, "scalars": {}, "numbers": {}}
     factors, saved, start, rounded = dict[str, int](), dict[str, int](), 0.0, 0.0
     # Finite numbers may have sums and products that are not, which are computed in here too: no bound admits those.
     with np.errstate(over="ignore", invalid="ignore"):
@@ -185,6 +192,8 @@ def extent_of(parts: Iterable[Change]) -> Extent:
                 squares["saved"][name], saved[name] = squared_norm(array), array.size
             for name, array in part.scalars.items():
                 squares["scalars"][name] = squared_norm(array)
+            for name, array in part.numbers.items():
+                squares["numbers"][name] = squared_norm(array)
             start, rounded = start + part.start, rounded + part.rounded
     sizes = {role: size_of(parts) for role, parts in squares.items() if parts}
     return Extent(sizes, factors, saved, float(np.sqrt(start)), float(np.sqrt(rounded)))

@@ -10,20 +10,25 @@ from dataclasses import replace
 import numpy as np
 
 from fedtune.directions.downlink import MAX_SCALAR
+from fedtune.directions.numbers import LARGEST_NUMBER, is_shortest
 from fedtune.errors import ShapeError
 from fedtune.messages import (
     AdmittedUpdate,
     Assignment,
     Blueprint,
     ClientUpdate,
+    DescendResult,
+    DescendSeeds,
     Failure,
     LoraResult,
     Plan,
     ProbeResult,
     ProbeSeeds,
     Pruning,
+    SeedResult,
     TailRank,
     Task,
+    Training,
     TrainLora,
 )
 from fedtune.methods.change import quick_square
@@ -81,6 +86,9 @@ def admit(
             case ProbeSeeds() as task:
                 _check_scalars(update.result, task, assignment.plan.training.steps or 0)
                 return AdmittedUpdate(update)
+            case DescendSeeds() as task:
+                _check_descent(update.result, task, assignment.plan.training.steps or 0)
+                return AdmittedUpdate(update)
             case TrainLora() as task:
                 with np.errstate(over="ignore", invalid="ignore"):  # numbers that are not finite are looked for
                     _check_importance(update, assignment.plan, blueprint)
@@ -95,7 +103,7 @@ def largest_update(
     task: type[Task],
     *,
     rank: int,
-    steps: int,
+    scalar_bytes: int,
     blueprint: Blueprint,
     pruned: bool = False,
     ranks: Sequence[int] = (),
@@ -105,13 +113,13 @@ def largest_update(
     Args:
         task: its kind.
         rank: of the adapter, for `TrainLora`.
-        steps: scalars, for `ProbeSeeds`.
+        scalar_bytes: of the scalars or numbers of seeds, for the others; see `scalar_bytes_of`.
         blueprint: of the base model.
         pruned: whether the task says how to prune, which asks for scores or a mask.
         ranks: by module, in sorted order of their names, where they are not all `rank`.
     """
-    if task is ProbeSeeds:
-        return steps + 1024
+    if task is not TrainLora:
+        return scalar_bytes + 1024
     shapes_in_order = [shape for _, shape in sorted(blueprint.modules.items())]
     widths = ranks if len(ranks) == len(shapes_in_order) else [rank] * len(shapes_in_order)
     entries = sum((m + n) * width for (m, n), width in zip(shapes_in_order, widths, strict=True))
@@ -127,11 +135,24 @@ def largest_update(
     return 4 * entries + 64 * 1024 + 512 * tensors + (3 * groups if pruned else 0)
 
 
+def scalar_bytes_of(task: Task, training: Training) -> int:
+    """Return the most bytes that the scalars or numbers of seeds take in an answer to a task; 0 for other tasks."""
+    match task:
+        case ProbeSeeds():
+            return training.steps or 0
+        case DescendSeeds():
+            # A client that cannot descend sends scalars instead.
+            measured = (task.fallback.steps or 0) if task.fallback else 0
+            return max(-(-task.count * task.bits // 8), measured)
+        case TrainLora():
+            return 0
+
+
 def _check_author(update: ClientUpdate, assignment: Assignment) -> None:
     client, base = assignment.plan.client, assignment.base
     author = f"one of {update.client[:80]!r}"
     _require(update.client == client, "WRONG_CLIENT", f"an update of client {client!r}", author)
-    # The answer to a ProbeSeeds task names no base: the digest of its state covers it.
+    # The answer to a task of seeds names no base: the digest of its state covers it.
     if isinstance(assignment.task, TrainLora):
         own = update.result.base if isinstance(update.result, LoraResult) else ""
         _require(own == base, "WRONG_BASE", f"base digest {base[:16]!r}", f"{own[:16]!r}", "load the base the run uses")
@@ -204,10 +225,11 @@ def _check_importance(update: ClientUpdate, plan: Plan, blueprint: Blueprint) ->
     _require(abs(total - 1) <= WHOLE, "SCORES", "shares of modules whose sum is 1", f"{total:.6g}")
 
 
-def _check_scalars(result: LoraResult | ProbeResult, task: ProbeSeeds, steps: int) -> None:
+def _check_scalars(result: LoraResult | SeedResult, task: ProbeSeeds, steps: int) -> None:
     """Check an answer to a `ProbeSeeds` task, apart from what only the method's state can tell."""
     if not isinstance(result, ProbeResult):
-        raise _RefusedError("SCALARS", "scalars of seeds", "tensors")
+        got = "tensors" if isinstance(result, LoraResult) else "numbers of a client that descends"
+        raise _RefusedError("SCALARS", "scalars of seeds", got)
     if task.calibrate:
         if result.skipped:
             expected = "finite losses of the base around its own weights"
@@ -226,6 +248,33 @@ def _check_scalars(result: LoraResult | ProbeResult, task: ProbeSeeds, steps: in
     # -128 fits int8 and is no scalar: clients round to -127 to 127, so that a sign can be turned.
     if (result.scalars < -MAX_SCALAR).any():
         raise _RefusedError("SCALAR_RANGE", f"scalars from -{MAX_SCALAR} to {MAX_SCALAR}", f"{result.scalars.min()}")
+
+
+def _check_descent(result: LoraResult | SeedResult, task: DescendSeeds, steps: int) -> None:
+    """Check an answer to a `DescendSeeds` task, which is one to its fallback where the client could only measure."""
+    if isinstance(result, ProbeResult):
+        if task.fallback is None:
+            raise _RefusedError("SCALARS", "the numbers of a client that descends", "scalars of seeds")
+        _check_scalars(result, task.probe, task.fallback.steps or 0)
+        return
+    if not isinstance(result, DescendResult):
+        raise _RefusedError("SCALARS", "numbers of seeds", "tensors")
+    _require(result.bits == task.bits, "SCALARS", f"numbers of {task.bits} bits", f"{result.bits}")
+    _require(len(result.numbers) == task.count, "SCALARS", f"{task.count} numbers", len(result.numbers))
+    if result.skipped > MAX_SKIPPED * steps:
+        expected = f"at most {MAX_SKIPPED:.0%} of its steps to have a loss or gradient that is not finite"
+        raise _RefusedError("NOT_FINITE", expected, f"{result.skipped} of {steps}", "lower descend.learning_rate")
+    # What the sums have room for, as the server has reckoned before the round began.
+    if not 0 <= result.shift <= task.largest_shift:
+        expected = f"numbers times 2^{task.largest_shift} at most"
+        raise _RefusedError("SCALAR_RANGE", expected, f"numbers times 2^{result.shift}")
+    bound = LARGEST_NUMBER[task.bits]
+    # The least that the bits hold has no counterpart above 0: clients round to the bound on both sides.
+    largest = int(np.abs(result.numbers.astype(np.int16)).max(initial=0))
+    _require(largest <= bound, "SCALAR_RANGE", f"numbers from -{bound} to {bound}", f"one of size {largest}")
+    if not is_shortest(result.numbers, result.shift, task.bits):
+        expected = f"the smallest shift that keeps the largest number within {bound}"
+        raise _RefusedError("SCALAR_RANGE", expected, f"a shift of {result.shift} for numbers up to {largest}")
 
 
 def _check_adapter(

@@ -20,7 +20,7 @@ from fedtune.messages import (
     TrainLora,
     Weight,
 )
-from fedtune.rounds.admission import admit, largest_update, refuse_other_codes
+from fedtune.rounds.admission import admit, largest_update, refuse_other_codes, scalar_bytes_of
 from fedtune.rounds.clock import ClientTime, Clock, CompletedWork
 from fedtune.rounds.context import RoundContext
 from fedtune.rounds.events import ClientFinished, Note
@@ -205,10 +205,10 @@ def decode_and_admit(reply: Reply | Failure, request: RoundRequest) -> Outcome:
         return reply
     name, assignment = reply.client, request.assignments[reply.client]
     task, plan = assignment.task, assignment.plan
-    pruned, steps = isinstance(task, TrainLora) and task.pruning is not None, plan.training.steps or 0
+    pruned, own = isinstance(task, TrainLora) and task.pruning is not None, scalar_bytes_of(task, plan.training)
     # Before a byte is parsed: what a client sends must not decide how much memory the server takes.
     limit = largest_update(
-        type(task), rank=plan.rank, steps=steps, blueprint=request.blueprint, pruned=pruned, ranks=plan.ranks
+        type(task), rank=plan.rank, scalar_bytes=own, blueprint=request.blueprint, pruned=pruned, ranks=plan.ranks
     )
     try:
         update = decode_update(reply.update, client=name, limit_bytes=limit, task=type(task))

@@ -46,6 +46,7 @@ PARTS: Mapping[Role, str] = {
     "factors": "the change of the factors",
     "saved": "the change of modules_to_save",
     "scalars": "the scalars",
+    "numbers": "the numbers",
     "mean": "what enters the mean, minus the server's values",
 }
 
@@ -202,12 +203,15 @@ def refuse_outliers(
     """Return the norms of the changes by client, and who is refused for one far above the others.
 
     Far above is more than max_norm times the cohort's median of a role; none admits any multiple. Of two updates
-    neither is an outlier, and zero has no multiple: then the bounds of each update by itself are all there are.
+    neither is an outlier, and zero has no multiple: then the bounds of each update by itself are all there are. Clients
+    that measure seeds and clients that descend have roles of their own, so neither are outliers among the others.
     """
     refused: dict[str, Failure] = {}
     roles = sorted({role for update in updates for role in update.sizes} - {"mean"})
     for role in roles if max_norm is not None and len(updates) >= 3 else ():
         stated = {update.client: update.sizes[role] for update in updates if role in update.sizes}
+        if len(stated) < 3:
+            continue
         # The median, because a mean would be moved by the very update that it is to expose.
         middle = median(size.norm for size in stated.values())
         limit = (max_norm or math.inf) * middle

@@ -15,10 +15,10 @@ from fedtune.errors import WireError
 from fedtune.messages import (
     Assignment,
     ClientUpdate,
+    DescendSeeds,
     LoraResult,
     Measured,
     Plan,
-    ProbeResult,
     ProbeSeeds,
     Proximal,
     Pruning,
@@ -31,7 +31,7 @@ from fedtune.messages import (
 from fedtune.number_formats import is_quantised
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.tensors import Tensors
-from fedtune.wire import probe, settings
+from fedtune.wire import descend, probe, seed_updates, settings
 from fedtune.wire import tensors as bodies
 from fedtune.wire.expect import LARGEST, MAX_COUNT, MAX_RANK, expect
 from fedtune.wire.probe import choice
@@ -64,6 +64,7 @@ COMMON = frozenset(("verb", "method", "plan", "round", "base", "labels", "date")
 FIELDS: Mapping[int, frozenset[str]] = {
     pb.ADAPT: COMMON | {"seed", "settings", "down", "local", "surgery"},
     pb.PROBE: COMMON | {"seed", "probe"},
+    pb.DESCEND: COMMON | {"seed", "descend"},
     pb.SCORE: COMMON | {"down", "score"},
 }
 """The fields of an assignment, by verb."""
@@ -172,6 +173,9 @@ def encode_assignment(assignment: Assignment, *, encode: Callable[[Tensors], Blo
             # Without the base: the digest of the state is taken over that of the base's manifest too.
             header.verb = pb.PROBE
             header.probe.CopyFrom(probe.to_message(task, plan.training))
+        case DescendSeeds() as task:
+            header.verb = pb.DESCEND
+            header.descend.CopyFrom(descend.to_message(task, plan.training))
         case TrainLora() as task:
             header.verb, header.base = pb.ADAPT, assignment.base
             numbers: dict[str, Any] = {field: table[getattr(plan, field)] for field, table in PLAN_CHOICES.items()}
@@ -240,10 +244,13 @@ def _assignment_from(header: bytes, decode: Callable[[pb.Blob], Tensors]) -> Ass
         case pb.PROBE:
             task, training = probe.from_message(message.probe)
             plan = Plan(message.plan.client, rank=1, scale=1.0, training=training)
+        case pb.DESCEND:
+            task, training = descend.from_message(message.descend)
+            plan = Plan(message.plan.client, rank=1, scale=1.0, training=training)
         case pb.ADAPT:
             plan, task = _plan_from(message), _lora_from(message, decode)
         case other:
-            known = f"the verb ADAPT ({pb.ADAPT}) or PROBE ({pb.PROBE})"
+            known = f"the verb ADAPT ({pb.ADAPT}), PROBE ({pb.PROBE}) or DESCEND ({pb.DESCEND})"
             raise WireError(f"assignment: expected {known}; got {other}; update this client")
     check_fields(message)
     return Assignment(
@@ -357,13 +364,13 @@ def _pruning_from(message: pb.Surgery) -> Pruning:
 
 
 def encode_update(update: ClientUpdate) -> bytes:
-    """Return an update as header length, header, zero bytes up to `ALIGNMENT`, and the bodies; a probe's as one header.
+    """Return an update as header length, header, zero bytes up to `ALIGNMENT`, and the bodies; of seeds as one header.
 
     Raises:
         WireError: if a tensor cannot travel.
     """
-    if isinstance(update.result, ProbeResult):
-        return probe.update_to_message(update, update.result).SerializeToString()
+    if not isinstance(update.result, LoraResult):
+        return seed_updates.to_message(update, update.result).SerializeToString()
     result, bodies_in_order = update.result, list[bytes]()
     # Of the same names; None leaves a field out.
     header = pb.ClientUpdate(examples=update.num_examples, measured=pb.Measured(**vars(update.measured)))
@@ -404,8 +411,8 @@ def decode_update(data: bytes, *, client: str, limit_bytes: int, task: type[Task
     try:
         # Before anything is parsed: what a client sends must not decide how much memory the server takes.
         expect(len(data) <= limit_bytes, f"an update of at most {limit_bytes} bytes", len(data))
-        if task is ProbeSeeds:
-            return probe.update_from_message(parse(pb.ProbeUpdate(), bytes(data)), client=client)
+        if task is not TrainLora:
+            return seed_updates.from_message(parse(pb.ProbeUpdate(), bytes(data)), client=client)
         return _update(memoryview(data), client, limit_bytes)
     except WireError as error:
         raise WireError(f"{client}: {error}") from None

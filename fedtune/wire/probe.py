@@ -1,4 +1,4 @@
-"""What is asked and answered along seeded directions, as messages of the schema and back, every number checked."""
+"""What is asked along seeded directions, as messages of the schema and back, every number checked."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Literal, TypeVar
 
-import numpy as np
-
 from fedtune.directions.blocks import MAX_SIZE
 from fedtune.directions.downlink import MAX_SHIFT
 from fedtune.directions.rebuild_numpy import EXPONENTS
 from fedtune.errors import WireError
-from fedtune.messages import BankName, ClientUpdate, Measured, ProbeResult, ProbeSeeds, Sampling, SeedState, Training
-from fedtune.wire.expect import LARGEST, MAX_COUNT
+from fedtune.messages import BankName, ProbeSeeds, Sampling, SeedState, Training
+from fedtune.wire.expect import LARGEST
 from fedtune.wire.v1 import round_pb2 as pb
 
 BANK: Mapping[BankName, pb.Bank] = {"gaussian": pb.GAUSSIAN, "hadamard": pb.HADAMARD, "kron": pb.KRON}
@@ -25,7 +23,6 @@ FORM: Mapping[Literal["whole", "changed", "log"], pb.SeedForm] = {
 SAMPLING: Mapping[Sampling, pb.Sampling] = {"uniform": pb.UNIFORM, "distinct": pb.DISTINCT, "pro": pb.PRO}
 MAX_STEPS = 2**16 - 1
 """The log of a round writes a client's number of scalars in 16 bits."""
-MIB = 2**20
 
 Choice = TypeVar("Choice", bound=str)
 
@@ -121,63 +118,6 @@ def from_message(message: pb.Probe) -> tuple[ProbeSeeds, Training]:
         calibrate=message.calibrate,
     )
     return probe, Training(batch=message.batch, learning_rate=message.learning_rate, steps=message.steps)
-
-
-def update_to_message(update: ClientUpdate, probed: ProbeResult) -> pb.ProbeUpdate:
-    """Return the message of an update."""
-    measured = update.measured
-    return pb.ProbeUpdate(
-        scalars=probed.scalars.astype(np.int8).tobytes(),
-        state=probed.state,
-        checks=probed.checks,
-        round=update.round,
-        examples=update.num_examples,
-        skipped=probed.skipped,
-        seconds=measured.seconds,
-        # Rounded up: a planner that reads too small a number would ask for more than the device has.
-        peak_mib=-(-measured.peak_bytes // MIB),
-        tokens=measured.tokens,
-        loss_before=measured.loss_before,
-        loss_after=measured.loss_after,
-        joules=measured.joules,
-        rms=probed.rms,
-        lost=probed.lost,
-    )
-
-
-def update_from_message(message: pb.ProbeUpdate, *, client: str) -> ClientUpdate:
-    """Return the update of an authenticated client; whether its numbers may be used is for the admission to say.
-
-    Raises:
-        WireError: if the time or the energy is none.
-    """
-    if not 0 <= message.seconds < math.inf:
-        raise WireError(f"expected a time of at least 0 s; got {message.seconds}")
-    if not 0 <= message.joules < math.inf:
-        raise WireError(f"expected an energy of at least 0 J; got {message.joules}")
-    if (size := max(message.examples, message.tokens)) >= MAX_COUNT:
-        raise WireError(f"expected examples and tokens below {MAX_COUNT}; got {size}")
-    return ClientUpdate(
-        client=client,
-        round=message.round,
-        num_examples=message.examples,
-        measured=Measured(
-            seconds=message.seconds,
-            peak_bytes=message.peak_mib * MIB,
-            tokens=message.tokens,
-            loss_before=message.loss_before if message.HasField("loss_before") else None,
-            loss_after=message.loss_after if message.HasField("loss_after") else None,
-            joules=message.joules if message.HasField("joules") else None,
-        ),
-        result=ProbeResult(
-            scalars=np.frombuffer(message.scalars, np.int8),
-            state=message.state,
-            checks=message.checks,
-            skipped=message.skipped,
-            rms=message.rms if message.HasField("rms") else None,
-            lost=message.lost,
-        ),
-    )
 
 
 def choice(choices: Mapping[Choice, int], number: int, field: str) -> Choice:

@@ -99,7 +99,7 @@ def test_the_largest_reply_follows_from_the_task() -> None:
     plan = Plan("anna", rank=3, scale=2.0, training=Training(batch=1, learning_rate=0.1, steps=7))
     task_digest = Assignment("flora", round=3, seed=0, plan=plan, task=TrainLora(a_key=0))
     assert max_update_bytes(encode_assignment(task_digest).header, BLUEPRINT) == largest_update(
-        TrainLora, rank=3, steps=7, blueprint=BLUEPRINT
+        TrainLora, rank=3, scalar_bytes=7, blueprint=BLUEPRINT
     )
     layout = BlockLayout("llama", (Block("layers.0", 2, 2, 64, 4096),), 128)
     settings = PruningSettings(repair="least-squares")
@@ -113,7 +113,7 @@ def test_the_largest_reply_follows_from_the_task() -> None:
     )  # fmt: skip
     seeds = Assignment("fedkseed", round=3, seed=0, plan=plan, task=probe)
     assert max_update_bytes(encode_assignment(seeds).header, BLUEPRINT) == largest_update(
-        ProbeSeeds, rank=1, steps=7, blueprint=BLUEPRINT
+        ProbeSeeds, rank=1, scalar_bytes=7, blueprint=BLUEPRINT
     )
 
 

@@ -336,7 +336,7 @@ def test_no_honest_answer_to_a_probe_is_too_long() -> None:
         full = answer([-127] * steps, skipped=2**32 - 1, rms=1.0, lost=True)
         measured = Measured(1e9, 2**50, 2**63, loss_before=1e9, loss_after=1e9)
         data = encode_update(replace(full, round=2**32 - 1, num_examples=2**63, measured=measured))
-        limit = largest_update(ProbeSeeds, rank=1, steps=steps, blueprint=BLUEPRINT)
+        limit = largest_update(ProbeSeeds, rank=1, scalar_bytes=steps, blueprint=BLUEPRINT)
         assert len(data) <= limit <= len(data) + 1024
 
 
@@ -432,7 +432,7 @@ def test_the_largest_update_has_room_for_moments_only_where_pruned_models_are_re
         repair: largest_update(
             TrainLora,
             rank=1,
-            steps=1,
+            scalar_bytes=1,
             blueprint=replace(BLUEPRINT, anatomy=ANATOMY, pruning=replace(REPAIRED, repair=repair)),
             pruned=True,
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from fedtune.link.settings import Policy
-from fedtune.messages import Assignment, ProbeSeeds, Proximal, Training, TrainLora
+from fedtune.messages import Assignment, DescendSeeds, ProbeSeeds, Proximal, Training, TrainLora
 from fedtune.wire.v1 import link_pb2 as pb
 
 
@@ -19,8 +20,19 @@ def distinct_examples(order: Assignment, num_examples: int) -> int:
     steps = training.steps or 0
     if isinstance(task, ProbeSeeds):  # the queries of a step share its batch
         return min(num_examples, -(-steps // task.queries) * training.batch)
+    if isinstance(task, DescendSeeds):
+        # The fewer of what it may do: descend, or measure seeds.
+        own = min(num_examples, steps * training.batch * training.accumulation)
+        return (
+            min(own, distinct_examples(measured_instead(order, task.fallback), num_examples)) if task.fallback else own
+        )
     left = min(steps, lasting_steps(training, task))
     return min(num_examples, left * training.batch * training.accumulation)
+
+
+def measured_instead(order: Assignment, training: Training) -> Assignment:
+    """Return the order of a client that measures seeds where it was asked to descend."""
+    return replace(order, plan=replace(order.plan, training=training), task=order.probe)
 
 
 def lasting_steps(training: Training, task: TrainLora) -> int:
@@ -39,14 +51,16 @@ def lasting_steps(training: Training, task: TrainLora) -> int:
 
 def limit_violations(policy: Policy, order: Assignment, num_examples: int) -> Iterator[tuple[pb.Veto, str]]:
     """Yield veto and reason of each limit that an order breaks."""
-    steps, examples = order.plan.training.steps or 0, distinct_examples(order, num_examples)
+    fallback = order.task.fallback if isinstance(order.task, DescendSeeds) else None
+    steps = min(training.steps or 0 for training in (order.plan.training, fallback) if training)
+    examples = distinct_examples(order, num_examples)
     if steps < policy.min_steps:
         yield pb.TOO_FEW_STEPS, f"policy.min_steps: at least {policy.min_steps}; got {steps}"
     if examples < policy.min_examples:
         # An update of few examples speaks of each: its gradient can be turned back into their texts.
         text = f"policy.min_examples: an update of at least {policy.min_examples} examples; got {examples}"
         yield pb.TOO_FEW_EXAMPLES, text
-    if isinstance(order.task, ProbeSeeds) and order.task.embeddings and not policy.allow_embeddings:
+    if not isinstance(order.task, TrainLora) and order.probe.embeddings and not policy.allow_embeddings:
         yield pb.EMBEDDINGS_NOT_ALLOWED, f"policy.allow_embeddings: false; {EMBEDDINGS}"
 
 

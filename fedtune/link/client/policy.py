@@ -82,6 +82,9 @@ def read_demand(header: pb.Header, front: bytes) -> TaskDemand:
         rank, steps, cohort = None, 0, None
     elif message.verb == round_pb2.PROBE:
         rank, steps = None, message.probe.steps
+    elif message.verb == round_pb2.DESCEND:
+        # Whichever of the two the client will do.
+        rank, steps = None, max(message.descend.steps, message.descend.probe.steps)
     else:
         rank, steps = message.plan.rank, settings.decode(message.settings, Training).steps or 0
     # The limits are checked against the signed header: the work must be of the round that was checked.

@@ -13,6 +13,7 @@ class Verb(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ADAPT: _ClassVar[Verb]
     PROBE: _ClassVar[Verb]
     SCORE: _ClassVar[Verb]
+    DESCEND: _ClassVar[Verb]
 
 class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -82,6 +83,7 @@ VERB_UNSET: Verb
 ADAPT: Verb
 PROBE: Verb
 SCORE: Verb
+DESCEND: Verb
 DTYPE_UNSET: DType
 F32: DType
 F16: DType
@@ -241,6 +243,26 @@ class Probe(_message.Message):
     calibrate: bool
     def __init__(self, bank: _Optional[_Union[Bank, str]] = ..., seeds: _Optional[int] = ..., key: _Optional[int] = ..., exponent: _Optional[int] = ..., shift: _Optional[int] = ..., perturbation: _Optional[int] = ..., state: _Optional[_Union[SeedState, _Mapping]] = ..., steps: _Optional[int] = ..., batch: _Optional[int] = ..., learning_rate: _Optional[float] = ..., sampling: _Optional[_Union[Sampling, str]] = ..., levels: _Optional[bytes] = ..., queries: _Optional[int] = ..., normalise: bool = ..., clip: _Optional[float] = ..., trainable: _Optional[_Iterable[str]] = ..., vectors: bool = ..., embeddings: bool = ..., calibrate: bool = ...) -> None: ...
 
+class Descend(_message.Message):
+    __slots__ = ("probe", "steps", "batch", "learning_rate", "accumulation", "count", "bits", "largest_shift")
+    PROBE_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    ACCUMULATION_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_SHIFT_FIELD_NUMBER: _ClassVar[int]
+    probe: Probe
+    steps: int
+    batch: int
+    learning_rate: float
+    accumulation: int
+    count: int
+    bits: int
+    largest_shift: int
+    def __init__(self, probe: _Optional[_Union[Probe, _Mapping]] = ..., steps: _Optional[int] = ..., batch: _Optional[int] = ..., learning_rate: _Optional[float] = ..., accumulation: _Optional[int] = ..., count: _Optional[int] = ..., bits: _Optional[int] = ..., largest_shift: _Optional[int] = ...) -> None: ...
+
 class Surgery(_message.Message):
     __slots__ = ("settings", "stages", "before", "wanted", "moments", "whole")
     SETTINGS_FIELD_NUMBER: _ClassVar[int]
@@ -270,7 +292,7 @@ class Score(_message.Message):
     def __init__(self, examples: _Optional[int] = ..., batch: _Optional[int] = ..., ledger: _Optional[bytes] = ..., trainable: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base", "probe", "surgery", "labels", "date", "score")
+    __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base", "probe", "surgery", "labels", "date", "descend", "score")
     VERB_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -284,6 +306,7 @@ class Assignment(_message.Message):
     SURGERY_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     DATE_FIELD_NUMBER: _ClassVar[int]
+    DESCEND_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     verb: Verb
     method: str
@@ -298,8 +321,9 @@ class Assignment(_message.Message):
     surgery: Surgery
     labels: _containers.RepeatedScalarFieldContainer[str]
     date: str
+    descend: Descend
     score: Score
-    def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., surgery: _Optional[_Union[Surgery, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., date: _Optional[str] = ..., score: _Optional[_Union[Score, _Mapping]] = ...) -> None: ...
+    def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., surgery: _Optional[_Union[Surgery, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., date: _Optional[str] = ..., descend: _Optional[_Union[Descend, _Mapping]] = ..., score: _Optional[_Union[Score, _Mapping]] = ...) -> None: ...
 
 class Measured(_message.Message):
     __slots__ = ("seconds", "peak_bytes", "loss_before", "loss_after", "tokens", "importance", "side_tokens", "skipped_steps", "whole_loss_before", "whole_loss_after", "module_importance", "joules")
@@ -356,7 +380,7 @@ class ClientUpdate(_message.Message):
     def __init__(self, examples: _Optional[int] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., deflated_parts: _Optional[bytes] = ..., kept: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., base_format: _Optional[_Union[BaseFormat, str]] = ..., codes: _Optional[bytes] = ...) -> None: ...
 
 class ProbeUpdate(_message.Message):
-    __slots__ = ("scalars", "state", "checks", "round", "examples", "skipped", "seconds", "peak_mib", "tokens", "loss_before", "loss_after", "rms", "lost", "joules")
+    __slots__ = ("scalars", "state", "checks", "round", "examples", "skipped", "seconds", "peak_mib", "tokens", "loss_before", "loss_after", "rms", "lost", "joules", "numbers", "shift", "bits", "count")
     SCALARS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     CHECKS_FIELD_NUMBER: _ClassVar[int]
@@ -371,6 +395,10 @@ class ProbeUpdate(_message.Message):
     RMS_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
     JOULES_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    SHIFT_FIELD_NUMBER: _ClassVar[int]
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
     scalars: bytes
     state: bytes
     checks: bytes
@@ -385,7 +413,11 @@ class ProbeUpdate(_message.Message):
     rms: float
     lost: bool
     joules: float
-    def __init__(self, scalars: _Optional[bytes] = ..., state: _Optional[bytes] = ..., checks: _Optional[bytes] = ..., round: _Optional[int] = ..., examples: _Optional[int] = ..., skipped: _Optional[int] = ..., seconds: _Optional[float] = ..., peak_mib: _Optional[int] = ..., tokens: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., rms: _Optional[float] = ..., lost: bool = ..., joules: _Optional[float] = ...) -> None: ...
+    numbers: bytes
+    shift: int
+    bits: int
+    count: int
+    def __init__(self, scalars: _Optional[bytes] = ..., state: _Optional[bytes] = ..., checks: _Optional[bytes] = ..., round: _Optional[int] = ..., examples: _Optional[int] = ..., skipped: _Optional[int] = ..., seconds: _Optional[float] = ..., peak_mib: _Optional[int] = ..., tokens: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., rms: _Optional[float] = ..., lost: bool = ..., joules: _Optional[float] = ..., numbers: _Optional[bytes] = ..., shift: _Optional[int] = ..., bits: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class ScoreUpdate(_message.Message):
     __slots__ = ("client", "round", "base", "metrics", "seconds")
