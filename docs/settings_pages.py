@@ -60,6 +60,7 @@ UNITS: Mapping[str, str] = {
     "final_rate": "share of client.learning_rate",
     "fraction_bits": "bits",
     "generate": "examples",
+    "groups": "sets of numbers",
     "gpu_share": "share of a GPU",
     "held_out": "share of the rows",
     "least_share": "share of the steps",
@@ -90,7 +91,9 @@ UNITS: Mapping[str, str] = {
     "repair_rank": "columns",
     "ratio": "share of the blocks' weights",
     "ratios": "share of the blocks' weights",
+    "redraw": "rounds",
     "refresh": "rounds",
+    "scalar_bits": "bits",
     "seeds": "directions",
     "shares": "share of the steps",
     "sizes": "rows",
@@ -385,7 +388,8 @@ def override_table() -> Table:
     ]
     training = keys_of(SECTIONS["client"], "override", optional=True)
     resources = keys_of(Resources, "override", optional=True)
-    return Table("`[[override]]`", summary(Override), [clients_key("override"), *own, *training, *resources])
+    descend = Key("override.descend", "table", "", "none", "", field_texts(Override)["descend"])
+    return Table("`[[override]]`", summary(Override), [clients_key("override"), *own, descend, *training, *resources])
 
 
 def device_table() -> Table:

@@ -34,6 +34,7 @@ from fedtune.tasks import (
     TrainLora,
     Upload,
     Verb,
+    VerbChoice,
     View,
     WireDtype,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "Training",
     "Upload",
     "Verb",
+    "VerbChoice",
     "View",
     "Weight",
     "Weighting",

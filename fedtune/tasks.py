@@ -20,6 +20,8 @@ Sampling: TypeAlias = Literal["uniform", "distinct", "pro"]
 Estimator: TypeAlias = Literal["two-sided", "one-sided"]
 Verb: TypeAlias = Literal["adapt", "probe", "descend"]
 ScalarBits: TypeAlias = Literal[8, 4, 2]
+VerbChoice: TypeAlias = Literal["adapt", "probe", "descend", "auto"]
+"""What is asked of a client; auto: descend where its memory allows that, else probe."""
 BaseDtype: TypeAlias = Literal["", "int8", "nf4"]
 View: TypeAlias = Literal["whole", "deployed"]
 ImportanceName: TypeAlias = Literal["", "gain", "gradient", "svd", "adalora"]
@@ -145,6 +147,12 @@ class PlannedClient:
     """Examples per forward pass, where the planner chose others than the recipe's."""
     whole_requested: bool = False
     """Whether the client is to measure its change in the whole model where it trains a smaller one; it holds both."""
+    verb: VerbChoice | None = None
+    """What the client does, where clients of one method may differ in it; None: as the method does. The plan's training
+    is that of descending with `descend` and `auto`."""
+    probing: Training | None = None
+    """How the client measures seeds, with `steps` set: with `auto` where its memory allows no backward pass, and in a
+    round in which all clients measure; None where no client of the run probes."""
 
 
 @dataclass(frozen=True)

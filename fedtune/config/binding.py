@@ -30,10 +30,10 @@ from fedtune.planning.planner import PlannerType
 
 OPTIONAL = (
     *("adapter", "method", "client", "rounds", "planner", "evaluate", "engine", "report"),
-    *("override", "pruning", "fleet", "device"),
+    *("descend", "override", "pruning", "fleet", "device"),
 )
 """Tables that a recipe may leave out."""
-ABSENT = ("pruning", "fleet")
+ABSENT = ("pruning", "fleet", "descend")
 """Tables without which something is not done; the others that are left out have their defaults."""
 
 NAMED = ("method", "planner")
@@ -153,15 +153,32 @@ def with_every_layer(table: Mapping[str, Any], objects: Objects) -> Mapping[str,
 def with_defaults(table: Mapping[str, Any], root: Path) -> Mapping[str, Any]:
     """Return the tables with the keys whose default depends on others: a client's steps, and who holds which rows.
 
-    Several files are one client each; the rows of one source are dealt out to a few clients.
+    Several files are one client each; the rows of one source are dealt out to a few clients. Where some clients
+    descend, how is written out; where all do, none has steps of probing.
     """
     tables, client, data = dict(table), table.get("client", {}), table.get("data")
-    if isinstance(client, Mapping) and not {"steps", "epochs"} & client.keys():
+    verbs = verbs_in(table)
+    if {"descend", "auto"} & verbs:
+        tables.setdefault("descend", {})
+    if isinstance(client, Mapping) and not {"steps", "epochs"} & client.keys() and verbs != {"descend"}:
         tables["client"] = {**client, "steps": STEPS}
     if isinstance(data, Mapping) and "split" not in data:
         several = count_files(data.get("source"), root) > 1
         tables["data"] = {**data, "split": {"kind": "files"} if several else {"kind": "iid", "clients": CLIENTS}}
     return tables
+
+
+def verbs_in(table: Mapping[str, Any]) -> set[str]:
+    """Return what the tables of a recipe let clients do, before they are bound; see `recipe.requested_verbs`."""
+    method, rows = table.get("method"), table.get("override")
+    usual = method.get("verb") if isinstance(method, Mapping) else None
+    verbs = {usual if isinstance(usual, str) else "probe"}
+    for row in rows if isinstance(rows, list | tuple) else ():
+        if isinstance(row, Mapping) and isinstance(verb := row.get("verb"), str):
+            globs = row.get("clients")
+            every = globs == "*" or (isinstance(globs, list | tuple) and "*" in globs)
+            verbs = {verb} if every else verbs | {verb}
+    return verbs
 
 
 def count_files(source: Any, root: Path) -> int:

@@ -16,12 +16,18 @@ from fedtune.config.planner_checks import (
     planner_method_faults,
     pruning_faults,
 )
-from fedtune.config.recipe import Recipe, method_type_of
+from fedtune.config.recipe import Recipe, method_type_of, requested_verbs
 from fedtune.config.tables import apply_rule
+from fedtune.config.verb_checks import (
+    client_steps_faults,
+    descend_table_faults,
+    override_verb_faults,
+    scalar_bits_faults,
+)
 from fedtune.data.settings import TEMPLATES, DataSettings, Split
 from fedtune.data.settings import faults as data_faults
 from fedtune.errors import Fault
-from fedtune.messages import VERBS, ProbeSeeds, Training, TrainLora
+from fedtune.messages import ProbeSeeds, Training, TrainLora
 from fedtune.methods import METHODS
 from fedtune.methods.method import LinearMethod
 from fedtune.methods.robust import least_clients
@@ -48,7 +54,8 @@ def length_faults(steps: int | None, epochs: float | None, path: str) -> Iterato
 
 
 def training_length_faults(recipe: Recipe) -> Iterator[Fault]:
-    yield from length_faults(recipe.client.steps, recipe.client.epochs, "client")
+    if requested_verbs(recipe) != {"descend"}:  # else `verb_checks.client_steps_faults`
+        yield from length_faults(recipe.client.steps, recipe.client.epochs, "client")
 
 
 def momentum_faults(recipe: Recipe) -> Iterator[Fault]:
@@ -296,19 +303,6 @@ def seed_method_faults(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(f"override.{place}.rank", "nothing", str(override.rank), f"{method.name!r} trains no adapter")
 
 
-def verb_faults(recipe: Recipe) -> Iterator[Fault]:
-    """Yield where a recipe asks some clients for another verb than the method's: no such round is summed here."""
-    # FedKSeed's weights are w0 plus a sum of integers, rounded once. A product of LoRA factors on top would round a
-    # second time, and differ between machines.
-    method = method_type_of(recipe)
-    own = VERBS[method.task]
-    for place, override in enumerate(recipe.override):
-        if override.verb not in (None, own):
-            expected = f"{quote(own)}, as all clients of {method.name!r}"
-            hint = "a round sums updates of one kind; start a run for each method"
-            yield Fault(f"override.{place}.verb", expected, display(override.verb), hint)
-
-
 def method_faults(recipe: Recipe) -> Iterator[Fault]:
     """Yield what the method itself says of its settings, given the steps of a round of each kind of client."""
     method, overrides = method_type_of(recipe), [override.training for override in recipe.override]
@@ -431,7 +425,10 @@ RULES: Sequence[Rule] = (
     training_length_faults,
     momentum_faults,
     seed_method_faults,
-    verb_faults,
+    override_verb_faults,
+    descend_table_faults,
+    client_steps_faults,
+    scalar_bits_faults,
     method_faults,
     pruning_faults,
     server_optimizer_faults,

@@ -11,13 +11,14 @@ from typing import Any, Literal, Protocol
 from fedtune.config.plugins import find_method, find_planner
 from fedtune.data.settings import DataSettings
 from fedtune.errors import ConfigError, Fault
-from fedtune.messages import OMIT_DEFAULT, Training, Verb
+from fedtune.messages import OMIT_DEFAULT, ProbeSeeds, Training, VerbChoice
 from fedtune.methods import with_settings
 from fedtune.methods.method import Method
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.planner import Planner, PlannerInputs, PlannerType
 from fedtune.planning.policy import Arm
+from fedtune.planning.verbs import DESCENDING, DescendSettings, VerbRequest
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.rounds.schedule import Schedule
 from fedtune.simulation.resources import Resources
@@ -40,11 +41,14 @@ class Override:
     """Share that the backward passes of these clients leave out, with `fixed`; none keeps `planner.back`."""
     down_rank: int | None = field(default=None, metadata=OMIT_DEFAULT)
     """Largest rank that these clients are sent, with `fixed`; none keeps `planner.down_rank`."""
-    verb: Verb | None = None
-    """adapt: train a LoRA adapter; probe: measure losses along random directions (FedKSeed); none: as the method does.
-    Clients of one run cannot differ in it yet."""
+    verb: VerbChoice | None = None
+    """What these clients do: `probe`, `descend` or `auto`, as `method.verb` of fedkseed has it; none keeps that.
+    `adapt`, to train a LoRA adapter, is what all clients of the other methods do."""
+    descend: Mapping[str, Any] | None = field(default=None, metadata=OMIT_DEFAULT)
+    """The keys of the table `descend` that change, by name; none keeps that table."""
     training: Mapping[str, Any] = field(default_factory=dict)
-    """The fields of `Training` that change, by name; `steps` replaces `epochs` and the other way round."""
+    """The fields of `Training` that change, by name; `steps` replaces `epochs` and the other way round. With fedkseed
+    they are those of probing, but for `batch`."""
     resources: Mapping[str, Any] = field(default_factory=dict)
     """The fields of `Resources` that change, by name."""
 
@@ -126,6 +130,8 @@ class Recipe:
     """Applied in order: where two name the same client and key, the later one holds."""
     engine: EngineSettings = field(default_factory=EngineSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
+    descend: DescendSettings | None = field(default=None, metadata=OMIT_DEFAULT)
+    """None: no client descends."""
     root: Path = field(default=Path(), compare=False)
     """Folder of the recipe's file; relative paths in it are relative to this."""
     objects: Objects = field(default=Objects(), compare=False)
@@ -139,6 +145,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "model": ModelSettings,
     "adapter": AdapterSettings,
     "client": Training,
+    "descend": DescendSettings,
     "rounds": Schedule,
     "data": DataSettings,
     "evaluate": EvaluationSettings,
@@ -173,13 +180,78 @@ def requested_arm(recipe: Recipe, client: str) -> Arm:
 
 
 def planned_training(recipe: Recipe, client: str) -> tuple[int, Training]:
-    """Return one client's rank and training after all overrides that cover it."""
+    """Return one client's rank and training after all overrides that cover it: of one that is to descend, that of it.
+
+    See `probing_training` for how it would probe.
+    """
     rank, training = recipe.adapter.rank, recipe.client
     for override in recipe.override:
         if override.covers(client):
             rank = rank if override.rank is None else override.rank
             training = with_changes(training, override.training)
+    if requested_verb(recipe, client) in DESCENDING:
+        return rank, descending_training(recipe, client, training)
     return rank, training
+
+
+def descending_training(recipe: Recipe, client: str, probing: Training) -> Training:
+    """Return how a client descends, which sees as many examples in a forward pass as where it probes."""
+    settings = recipe.descend or DescendSettings()
+    for override in recipe.override:
+        if override.descend and override.covers(client):
+            settings = replace(settings, **override.descend)
+    return Training(
+        batch=settings.batch or probing.batch,
+        learning_rate=settings.learning_rate,
+        steps=settings.steps,
+        accumulation=settings.accumulation,
+        autocast=probing.autocast,
+    )
+
+
+def probing_training(recipe: Recipe, client: str) -> Training | None:
+    """Return how a client probes after all overrides that cover it; None where none of the run's clients does."""
+    if not requested_verbs(recipe) & {"probe", "auto"}:
+        return None
+    training = recipe.client
+    for override in recipe.override:
+        if override.covers(client):
+            training = with_changes(training, override.training)
+    return training
+
+
+def requested_verb(recipe: Recipe, client: str) -> VerbChoice:
+    """Return what one client is asked to do, after all overrides that cover it."""
+    verb = usual_verb(recipe)
+    for override in recipe.override:
+        if override.verb is not None and override.covers(client):
+            verb = override.verb
+    return verb
+
+
+def requested_verbs(recipe: Recipe) -> set[VerbChoice]:
+    """Return what clients may be asked to do, whichever clients there are."""
+    verbs = {usual_verb(recipe)}
+    for override in recipe.override:
+        if override.verb is not None:
+            verbs = {override.verb} if "*" in override.clients else verbs | {override.verb}
+    return verbs
+
+
+def usual_verb(recipe: Recipe) -> VerbChoice:
+    """Return what the method asks of clients that no override names."""
+    if method_type_of(recipe).task is not ProbeSeeds:
+        return "adapt"
+    # A method of another package that measures seeds need not have the key.
+    verb: VerbChoice = getattr(recipe.method, "verb", "probe")
+    return verb
+
+
+def verb_request(recipe: Recipe, client: str) -> VerbRequest:
+    """Return what a recipe asks of one client, for the planner."""
+    if method_type_of(recipe).task is not ProbeSeeds:
+        return VerbRequest()
+    return VerbRequest(requested_verb(recipe, client), probing_training(recipe, client))
 
 
 def resources(recipe: Recipe, client: str) -> Resources:

@@ -17,6 +17,7 @@ TABLES: Mapping[str, str] = {
     "planner": "what each client is asked to do",
     "pruning": "how clients' models are made smaller",
     "client": "how a client trains in one round",
+    "descend": "how a client that descends trains in one round",
     "rounds": "how many rounds, and who takes part",
     "data": "where the examples come from, and who holds which",
     "evaluate": "when and on how much the global model is scored",
@@ -70,7 +71,7 @@ def plain(value: Any) -> Any:
 
 def tables(recipe: Recipe) -> dict[str, Any]:
     """Return everything in a recipe that changes the result."""
-    parts = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    parts = {field.name: getattr(recipe, field.name) for field in written_fields(recipe)}
     return {name: plain(part) for name, part in parts.items() if name not in OUTCOME_FREE}
 
 
@@ -78,7 +79,8 @@ def override_keys(override: Override) -> dict[str, Any]:
     rank: dict[str, Any] = {} if override.rank is None else {"rank": override.rank}
     rank |= {key: value for key in ("ratio", *ARM_KEYS) if (value := getattr(override, key)) is not None}
     verb = {} if override.verb is None else {"verb": override.verb}
-    return {"clients": override.clients} | rank | verb | dict(override.training) | dict(override.resources)
+    descend = {"descend": dict(override.descend)} if override.descend else {}
+    return {"clients": override.clients} | rank | verb | descend | dict(override.training) | dict(override.resources)
 
 
 def toml(value: Any) -> str:

@@ -16,8 +16,9 @@ from fedtune.config.tables import AT_FAULT, bind_value, unknown_keys
 from fedtune.devices.profiles import PROFILES, DeviceProfile
 from fedtune.devices.profiles import check as check_profile
 from fedtune.errors import ConfigError, Fault
-from fedtune.messages import Training, Verb
+from fedtune.messages import Training, VerbChoice
 from fedtune.planning.fixed import FixedSettings
+from fedtune.planning.verbs import DescendSettings
 from fedtune.simulation.resources import Resources
 from fedtune.simulation.settings import DeviceOverride
 
@@ -45,11 +46,12 @@ def bind_overrides(content: Any, faults: list[Fault]) -> Sequence[Override]:
 def bind_override(row: Any, path: str, faults: list[Fault]) -> Override | None:
     training, taken = (get_type_hints(cls, include_extras=True) for cls in (Training, Resources))
     planner = get_type_hints(FixedSettings, include_extras=True)
-    own = {"clients": GLOBS, "rank": Annotated[int, Ge(1)], "verb": Verb}
+    own = {"clients": GLOBS, "rank": Annotated[int, Ge(1)], "verb": VerbChoice, "descend": dict[str, Any]}
     own |= {key: planner[key] for key in ("ratio", *ARM_KEYS)}
     values = bind_row(own | training | taken, row, path, "rank", faults)
     if values is None:
         return None
+    descend = bind_changes(DescendSettings, values.get("descend"), f"{path}.descend", faults)
     steps, epochs = values.get("steps"), values.get("epochs")
     if values.keys() & {"steps", "epochs"} and AT_FAULT not in (steps, epochs):
         faults.extend(length_faults(steps, epochs, path))
@@ -59,9 +61,21 @@ def bind_override(row: Any, path: str, faults: list[Fault]) -> Override | None:
         ratio=values.get("ratio"),
         **{key: values.get(key) for key in ARM_KEYS},
         verb=values.get("verb"),
+        descend=descend,
         training={key: value for key, value in values.items() if key in training},
         resources={key: value for key, value in values.items() if key in taken},
     )
+
+
+def bind_changes(cls: type[Any], content: Any, path: str, faults: list[Fault]) -> Mapping[str, Any] | None:
+    """Return the keys of a table that change for some clients, by name; None where none do."""
+    if content is None or content is AT_FAULT:
+        return content
+    hints = get_type_hints(cls, include_extras=True)
+    faults.extend(unknown_keys(content, hints, path))
+    if not content:
+        faults.append(Fault(path, f"a key that changes ({join_words(hints, joint='or')})", "an empty table"))
+    return {key: bind_value(hints[key], content[key], f"{path}.{key}", faults) for key in content if key in hints}
 
 
 def bind_devices(content: Any, faults: list[Fault]) -> Sequence[DeviceOverride]:

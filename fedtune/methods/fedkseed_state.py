@@ -20,7 +20,7 @@ from fedtune.directions.rebuild_numpy import EXPONENTS
 from fedtune.directions.sampling import paper_probabilities, repaired_probabilities
 from fedtune.directions.seed_ledger import Manifest, SeedLedger
 from fedtune.errors import ConfigError, Fault
-from fedtune.messages import BankName, Estimator, Sampling, SeedState, Weighting
+from fedtune.messages import OMIT_DEFAULT, BankName, Estimator, Sampling, SeedState, Weighting
 from fedtune.methods.serialization import NOT_PERSISTED
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
@@ -37,6 +37,10 @@ class FedKSeedSettings:
 
     name: Literal["fedkseed"] = "fedkseed"
     """Name of the method."""
+    verb: Literal["probe", "descend", "auto"] = field(default="probe", metadata=OMIT_DEFAULT)
+    """How clients compute their update, where no `[[override]]` says it for some. probe: measure losses along single
+    directions by forward passes alone; descend: take first-order steps inside all numbers at once, which needs the
+    memory of a backward pass; auto: descend where that fits, else probe."""
     bank: BankName = "hadamard"
     """What the random directions are. hadamard: signs, exact and fast; gaussian: nearest to the paper, slow; kron:
     added in the forward pass, so no weight is rewritten, and the result is also an adapter."""
@@ -80,6 +84,14 @@ class FedKSeedSettings:
     """With kron: also tune biases and norms."""
     embeddings: bool = False
     """With kron: also tune embeddings and all other matrices."""
+    groups: Annotated[int, Interval(ge=1, le=64)] | Literal["tensor"] = field(default=1, metadata=OMIT_DEFAULT)
+    """Sets of `seeds` numbers, each of which moves its own part of the weights: with descending clients more learn
+    more, and send more. A power of two, 1 with kron; tensor: a set for each tensor that is tuned."""
+    redraw: Literal[0] | Annotated[int, Interval(ge=4, le=1_000_000)] = field(default=0, metadata=OMIT_DEFAULT)
+    """Rounds after which new directions are drawn beside the earlier ones, which stay; 0: never. Rebuilding the weights
+    takes a pass for each drawing."""
+    scalar_bits: Literal[2, 4, 8] = field(default=8, metadata=OMIT_DEFAULT)
+    """Bits of each number that a descending client sends."""
 
 
 def faults(settings: FedKSeedSettings, steps: Sequence[int | None]) -> Iterator[Fault]:

@@ -18,8 +18,10 @@ from fedtune.planning.planner import (
     lora_scale,
     optimizer_steps,
     plan_arm,
+    with_verb,
 )
 from fedtune.planning.policy import Arm
+from fedtune.planning.verbs import DESCENDING, Misfit, VerbRequest, fits_everywhere, no_request, where_it_fits
 from fedtune.pruning.structure import BlockLayout
 
 
@@ -58,6 +60,10 @@ class Fixed:
     layout: BlockLayout | None = None
     misfit: Callable[[Client, Arm, Training], str] = fits
     """(client, arm, training) -> why that does not fit its device; empty if it does, or is not known"""
+    verb: Callable[[str], VerbRequest] = no_request
+    """client -> what it does, where clients of the method may differ in it"""
+    misfit_descending: Misfit = fits_everywhere
+    """(client, how it descends) -> the same of descending"""
 
     def start(self) -> None:
         """Return None: nothing is learned."""
@@ -72,7 +78,10 @@ class Fixed:
     def fitting_plan(self, client: Client, *, pruned: bool) -> PlannedClient | Failure:
         """Return the plan of one client, or why it does not fit its device."""
         planned = self.planned_for(client, pruned=pruned)
-        plan = planned.plan
+        placed = where_it_fits(planned, client, self.misfit_descending)
+        if isinstance(placed, Failure) or placed.verb in DESCENDING:
+            return placed
+        planned, plan = placed, placed.plan
         # With what it leaves out of the backward pass: that may be why it fits.
         arm = replace(self.arm(client.name), ratio=plan.ratio, rank=plan.rank, share=1.0)
         if why := self.misfit(client, arm, plan.training):
@@ -89,7 +98,7 @@ class Fixed:
         """Return the same with what stays on the server."""
         rank, training = self.training(client.name)
         ratio = self.ratio(client.name) if pruned else 0.0
-        return plan_arm(
+        planned = plan_arm(
             client.name,
             replace(self.arm(client.name), ratio=ratio, rank=rank, share=1.0),
             replace(training, steps=optimizer_steps(training, client.num_examples), epochs=None),
@@ -97,6 +106,7 @@ class Fixed:
             modules=self.modules,
             layout=self.layout,
         )
+        return with_verb(planned, self.verb(client.name), client)
 
 
 def create(settings: FixedSettings, inputs: PlannerInputs) -> Fixed:
@@ -112,6 +122,8 @@ def create(settings: FixedSettings, inputs: PlannerInputs) -> Fixed:
         modules=inputs.modules,
         layout=inputs.layout,
         misfit=inputs.misfit,
+        verb=inputs.verb,
+        misfit_descending=inputs.misfit_descending,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from fedtune.messages import BaseDtype, Client, Failure, ImportanceName, Plan, PlannedClient, Training, View
 from fedtune.planning.policy import Arm, Candidate
+from fedtune.planning.verbs import Misfit, VerbRequest, fits_everywhere, no_request
 from fedtune.pruning.depth import module_ranks
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import BlockLayout
@@ -164,6 +165,10 @@ class PlannerInputs:
     """client -> what its costs depend on: those of equal kind cost the same"""
     memory_gb: Callable[[Client], float | None] = lambda client: None
     """client -> GB that a model may use on its device; None where it is not known"""
+    verb: Callable[[str], VerbRequest] = no_request
+    """client -> what it does, where clients of the method may differ in it"""
+    misfit_descending: Misfit = fits_everywhere
+    """(client, how it descends) -> why that does not fit its device; empty if it does, or is not known"""
 
     def plan(
         self, client: Client, *, rank: int | None = None, steps: int | None = None, ratio: float = 0.0
@@ -179,7 +184,15 @@ class PlannerInputs:
             training=replace(training, steps=steps, epochs=None),
             ratio=ratio,
         )
-        return PlannedClient(plan)
+        return with_verb(PlannedClient(plan), self.verb(client.name), client)
+
+
+def with_verb(planned: PlannedClient, request: VerbRequest, client: Client) -> PlannedClient:
+    """Return the plan of a client with what it does, and how it would probe."""
+    probing = request.probing
+    if probing is not None:
+        probing = replace(probing, steps=optimizer_steps(probing, client.num_examples), epochs=None)
+    return replace(planned, verb=request.verb, probing=probing)
 
 
 def plan_arm(

@@ -26,6 +26,7 @@ from fedtune.methods import METHODS
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.methods.settings import RobustRule, ServerOptimizer
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
+from fedtune.planning.verbs import DESCENDING, DescendSettings
 from fedtune.rounds.schedule import Schedule
 from tests.config.conftest import SHORTEST
 
@@ -96,6 +97,7 @@ CHANGES = st.fixed_dictionaries(
     },
 )
 FEWER = st.fixed_dictionaries({"batch": st.integers(1, 9)}, optional={"learning_rate": st.floats(1e-9, 1.0)})
+BATCH_ALONE = st.fixed_dictionaries({"batch": st.integers(1, 9)})
 
 
 @st.composite
@@ -114,8 +116,14 @@ def seeded(draw: st.DrawFn) -> FedKSeedSettings:
             public_log=sampling != "pro" and sync == "auto" and draw(st.booleans()),
             vectors=bank == "kron" and draw(st.booleans()),
             embeddings=bank == "kron" and draw(st.booleans()),
+            groups=1 if bank == "kron" else draw(st.sampled_from([1, 4, 64])),
+            verb="probe",
+            scalar_bits=8,
         )
     )
+    if (sampling, drawn.estimator, drawn.public_log) == ("uniform", "two-sided", False):
+        verb = draw(some_of("verb"))
+        return replace(drawn, verb=verb, scalar_bits=8 if verb == "probe" else draw(some_of("scalar_bits")))
     return drawn
 
 
@@ -144,11 +152,16 @@ def recipes(draw: st.DrawFn) -> Recipe:
     adapts = METHODS[method.name].task is TrainLora
     if not adapts:
         steps, epochs = 3, None  # epochs go with some samplings and estimators alone
+    verb = getattr(method, "verb", "adapt")
+    probes = verb in ("probe", "auto")
+    if verb == "descend":
+        steps = None
+    fewer = FEWER if probes else BATCH_ALONE
     beginning: dict[str, Any] = {} if METHODS[method.name].start else {"start": None}
     rank = st.none() | st.integers(1, 64) if METHODS[method.name].ranks == "any" and adapts else st.none()
     glob = st.sampled_from(["client-1", "client-[0-4]", "*", "ü?"])
     row = st.builds(
-        Override, clients=st.lists(glob, min_size=1).map(tuple), rank=rank, training=CHANGES if adapts else FEWER
+        Override, clients=st.lists(glob, min_size=1).map(tuple), rank=rank, training=CHANGES if adapts else fewer
     )
     device = draw(st.sampled_from(["auto", "cpu", "cuda:1"]))
     rounds = draw(
@@ -183,8 +196,15 @@ def recipes(draw: st.DrawFn) -> Recipe:
         ),
         method=method,
         client=draw(
-            some(Training, steps=steps, epochs=epochs, **{**packing, **({"optimizer": "sgd"} if adapts else IDLE)})
+            some(
+                Training,
+                steps=steps,
+                epochs=epochs,
+                **{**packing, **({"optimizer": "sgd"} if adapts else IDLE)},
+                **({"learning_rate": Training.learning_rate} if verb == "descend" else {}),
+            )
         ),
+        descend=draw(some(DescendSettings, steps=3)) if verb in DESCENDING else None,
         rounds=replace(rounds, warmup=draw(st.integers(0, rounds.count - 1)), **steady),
         data=replace(
             draw(some(DataSettings, fields=parts, template=template, split=draw(SPLITS))),
