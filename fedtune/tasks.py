@@ -9,6 +9,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Interval
 
+from fedtune.directions.blocks import Groups
 from fedtune.errors import ShapeError
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.tensors import Tensors
@@ -256,7 +257,7 @@ class ProbeSeeds:
     seeds: int
     """K."""
     key: int
-    """Of the bank, 64 bits."""
+    """Of the newest bank, 64 bits."""
     exponent: int
     """e of the displacement unit 2^-e."""
     shift: int
@@ -280,6 +281,9 @@ class ProbeSeeds:
     embeddings: bool = False
     calibrate: bool = False
     """Measure how large g is and move nothing."""
+    groups: Groups = 1
+    earlier: tuple[int, ...] = ()
+    """Keys of the banks before the newest one, oldest first, 64 bits each."""
 
 
 @dataclass(frozen=True)

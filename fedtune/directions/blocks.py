@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.tensors import Array
 
+Groups: TypeAlias = int | Literal["tensor"]
+"""Into how many groups the positions are divided, each with K accumulators of its own: block b of a tensor belongs to
+group b mod G, G a power of two from 1 to 64; "tensor": all blocks of the n-th tensor that is moved to group n."""
 BLOCK = 4096
 """Positions of a block; each tensor starts a new block, and its last block may be partly filled."""
 MAX_SIZE = BLOCK
@@ -43,6 +47,17 @@ def absolute_sum(accumulators: Array) -> int:
     """Return sum |A| of integers, exactly."""
     # In 64 bits: the absolute value of -2^31 does not fit into int32.
     return int(np.abs(accumulators.astype(np.int64)).sum())
+
+
+def places_of(seed: int, seeds: int, *, groups: int = 1, start: int = 0) -> range:
+    """Return the places of one seed's accumulators in a vector that has K of them for each group.
+
+    Raises:
+        IndexError: if there is no such seed.
+    """
+    if not 0 <= seed < seeds:
+        raise IndexError(f"expected a seed from 0 to {seeds - 1}; got {seed}")
+    return range(start + seed, start + groups * seeds, seeds)
 
 
 def check_size(size: int, name: str, *, power: int = 2) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedtune.directions.blocks import BLOCK, check_size, positions
+from fedtune.directions.blocks import BLOCK, absolute_sum, check_size, places_of, positions
 from fedtune.directions.philox import Purpose, check_key, words
 from fedtune.tensors import Array
 
@@ -31,14 +31,34 @@ class Gaussian:
         check_size(self.size, self.name)
         check_key(self.key)
 
+    @property
+    def seeds(self) -> int:
+        """See `DirectionBank.seeds`."""
+        return self.size
+
+    @property
+    def newest(self) -> slice:
+        """See `DirectionBank.newest`."""
+        return slice(0, self.size)
+
+    def places(self, seed: int) -> range:
+        """See `DirectionBank.places`."""
+        return places_of(seed, self.size)
+
+    def span(self, accumulators: Array) -> int:
+        """See `DirectionBank.span`."""
+        return absolute_sum(accumulators)
+
     def pieces(self, accumulators: Array, *, ordinal: int, shape: Sequence[int], blocks: range) -> Iterator[Array]:
         """See `DirectionBank.pieces`."""
+        table = np.atleast_2d(accumulators)  # (groups, K)
         for number in blocks:
             block = range(number, number + 1)
             y = np.zeros(len(positions(block, shape)), np.int32)
-            for k in np.flatnonzero(accumulators).tolist():
+            row = table[number % len(table)]
+            for k in np.flatnonzero(row).tolist():
                 # Widened first: an int8 product would wrap at 128.
-                y += accumulators[k] * self.direction(k, ordinal=ordinal, shape=shape, blocks=block).astype(np.int32)
+                y += row[k] * self.direction(k, ordinal=ordinal, shape=shape, blocks=block).astype(np.int32)
             yield y
 
     def direction(self, index: int, *, ordinal: int, shape: Sequence[int], blocks: range) -> Array:

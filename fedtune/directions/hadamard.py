@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedtune.directions.blocks import BLOCK, check_size, positions, split_runs
+from fedtune.directions.blocks import BLOCK, absolute_sum, check_size, places_of, positions, split_runs
 from fedtune.directions.philox import Purpose, check_key, words
 from fedtune.tensors import Array
 
@@ -39,11 +39,31 @@ class Hadamard:
         check_size(self.size, self.name)
         check_key(self.key)
 
+    @property
+    def seeds(self) -> int:
+        """See `DirectionBank.seeds`."""
+        return self.size
+
+    @property
+    def newest(self) -> slice:
+        """See `DirectionBank.newest`."""
+        return slice(0, self.size)
+
+    def places(self, seed: int) -> range:
+        """See `DirectionBank.places`."""
+        return places_of(seed, self.size)
+
+    def span(self, accumulators: Array) -> int:
+        """See `DirectionBank.span`."""
+        return absolute_sum(accumulators)
+
     def pieces(self, accumulators: Array, *, ordinal: int, shape: Sequence[int], blocks: range) -> Iterator[Array]:
         """See `DirectionBank.pieces`."""
+        table = np.atleast_2d(accumulators)  # (groups, K)
         for run in split_runs(blocks, RUN):
             first, second = sign_halves(self.key, Purpose.DENSE_SIGNS, run, ordinal)
-            x = accumulators * first.reshape(-1, self.size)  # (groups, K)
+            rows = table[np.arange(run.start, run.stop) % len(table)]  # (blocks, K)
+            x = rows[:, None] * first.reshape(len(run), -1, self.size)  # (blocks, 4096 / K, K)
             y = fwht(x).reshape(-1, BLOCK) * second
             yield y.reshape(-1)[: len(positions(run, shape))]
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedtune.directions.blocks import BLOCK, FP32_LIMIT, absolute_sum, check_size, positions
+from fedtune.directions.blocks import BLOCK, FP32_LIMIT, absolute_sum, check_size, places_of, positions
 from fedtune.directions.hadamard import Hadamard, fwht, sign_halves, signs
 from fedtune.directions.philox import Purpose, check_key
 from fedtune.errors import ConfigError, Fault
@@ -58,6 +58,24 @@ class Kron:
         rows, columns = shape
         u = sign_rows(self.key, Purpose.ROW_SIGNS, self.rank, rows, ordinal)
         return u, sign_rows(self.key, Purpose.COLUMN_SIGNS, self.rank, columns, ordinal)
+
+    @property
+    def seeds(self) -> int:
+        """See `DirectionBank.seeds`."""
+        return self.size
+
+    @property
+    def newest(self) -> slice:
+        """See `DirectionBank.newest`."""
+        return slice(0, self.size)
+
+    def places(self, seed: int) -> range:
+        """See `DirectionBank.places`."""
+        return places_of(seed, self.size)
+
+    def span(self, accumulators: Array) -> int:
+        """See `DirectionBank.span`."""
+        return absolute_sum(accumulators)
 
     def pieces(self, accumulators: Array, *, ordinal: int, shape: Sequence[int], blocks: range) -> Iterator[Array]:
         """See `DirectionBank.pieces`."""

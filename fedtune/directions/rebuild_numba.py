@@ -20,6 +20,7 @@ from fedtune.directions.hadamard import SIGN_WORDS, Hadamard
 from fedtune.directions.kron import Kron
 from fedtune.directions.philox import INCREMENTS, MASK, MULTIPLIERS, ROUNDS, Purpose
 from fedtune.directions.rebuild_numpy import prepare_output, round_into, unit_scale
+from fedtune.directions.space import plain_banks, summands
 from fedtune.errors import ExtraError
 from fedtune.tensors import DTYPES, Array
 
@@ -87,21 +88,22 @@ def rewriter(
         threads: number of threads that share a tensor's blocks.
     """
     # The whole tensor in one compiled call where nothing has to be converted or shared among threads.
-    unit, key = unit_scale(bank, exponent), np.uint64(bank.key)
+    unit, keys = unit_scale(bank, exponent), keys_of(plain_banks(bank))
     direct, others = [], []
     for ordinal, old, new in tensors:
         prepare_output(old, new)
         same = old.dtype == new.dtype and old.dtype in (DTYPES["fp32"], DTYPES["bf16"]) and old.flags.c_contiguous
-        if isinstance(bank, Hadamard) and same and threads == 1:
-            run = block_loop(Hadamard, bank.size, old.dtype.name)
-            direct.append((run, as_bits(old.reshape(-1)), as_bits(new.reshape(-1)), np.uint32(ordinal)))
+        if bank.name == Hadamard.name and same and threads == 1:
+            run = block_loop(Hadamard, bank.seeds, old.dtype.name)
+            direct.append((run, as_bits(old.reshape(-1)), as_bits(new.reshape(-1)), ordinal))
         else:
             others.append((ordinal, old, new))
 
     def rewrite(accumulators: Array) -> None:
         sums = check_accumulators(bank, accumulators)
         for run, old, new, ordinal in direct:
-            run(old, new, sums, key, ordinal, np.uint32(0), unit)
+            rows = stack_rows([rows for _, rows in summands(bank, sums, ordinal)])
+            run(old, new, rows, keys, np.uint32(ordinal), np.uint32(0), unit)
         for number, old, new in others:
             rebuild(old, sums, bank=bank, ordinal=number, exponent=exponent, out=new, threads=threads)
 
@@ -149,15 +151,15 @@ def block_writer(
     bank: DirectionBank, accumulators: Array, *, ordinal: int, shape: Sequence[int], unit: np.float32
 ) -> Callable[[range, Array, Array], None]:
     """Return a function (blocks, old, new) that writes a run of blocks, given old and new flat values of one format."""
-    if isinstance(bank, Kron) and len(shape) < 2:
-        bank = bank.vectors
-    if isinstance(bank, Hadamard | Gaussian):
-        kind = Hadamard if isinstance(bank, Hadamard) else Gaussian
-        key, size = np.uint64(bank.key), bank.size
+    parts = summands(bank, accumulators, ordinal)
+    dense = [part.vectors if isinstance(part, Kron) and len(shape) < 2 else part for part, _ in parts]
+    if isinstance(dense[0], Hadamard | Gaussian):
+        kind = Hadamard if isinstance(dense[0], Hadamard) else Gaussian
+        keys, rows = keys_of(dense), stack_rows([rows for _, rows in parts])
 
         def write(blocks: range, old: Array, new: Array) -> None:
-            block_loop(kind, size, old.dtype.name)(
-                as_bits(old), as_bits(new), accumulators, key, np.uint32(ordinal), np.uint32(blocks.start), unit
+            block_loop(kind, bank.seeds, old.dtype.name)(
+                as_bits(old), as_bits(new), rows, keys, np.uint32(ordinal), np.uint32(blocks.start), unit
             )
 
         return write
@@ -172,6 +174,16 @@ def block_writer(
     return write_pieces
 
 
+def keys_of(banks: Sequence[DirectionBank]) -> Array:
+    """Return the keys as compiled code takes them, uint64 (banks,)."""
+    return np.array([bank.key for bank in banks], np.uint64)
+
+
+def stack_rows(parts: Sequence[Array]) -> Array:
+    """Return the accumulators of each bank, (K,) or (groups, K), as compiled code takes them: (banks, groups, K)."""
+    return np.stack([np.atleast_2d(rows) for rows in parts])
+
+
 def as_bits(array: Array) -> Array:
     """Return an array in a type that numba knows: bfloat16 as its bits in uint16."""
     return array.view(np.uint16) if array.dtype == DTYPES["bf16"] else array
@@ -184,11 +196,18 @@ def block_loop(kind: type[Hadamard] | type[Gaussian], size: int, dtype: str) -> 
     finish = FINISH[dtype]
 
     @compile_nogil
-    def run(old: Any, new: Any, accumulators: Any, key: Any, ordinal: Any, first: Any, unit: Any) -> None:
-        y = np.empty(BLOCK, np.int32)
+    def run(old: Any, new: Any, rows: Any, keys: Any, ordinal: Any, first: Any, unit: Any) -> None:
+        y, other = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int32)
         wide = np.empty(BLOCK, np.float32)
         for number in range((new.size + BLOCK - 1) // BLOCK):
-            displace(y, accumulators, key, uint32(first + number), ordinal)
+            block = uint32(first + number)
+            group = block % uint32(rows.shape[1])
+            displace(y, rows[0, group], keys[0], block, ordinal)
+            # While the block is in the cache, whatever the number of banks.
+            for n in range(1, keys.size):
+                displace(other, rows[n, group], keys[n], block, ordinal)
+                for i in range(BLOCK):
+                    y[i] += other[i]
             start, stop = number * BLOCK, min((number + 1) * BLOCK, new.size)
             finish(old[start:stop], y, new[start:stop], unit, wide, wide.view(np.uint32))
 

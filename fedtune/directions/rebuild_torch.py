@@ -19,6 +19,7 @@ from fedtune.directions.hadamard import SIGN_WORDS, Hadamard, walsh
 from fedtune.directions.kron import Kron
 from fedtune.directions.philox import Purpose, philox
 from fedtune.directions.rebuild_numpy import unit_scale
+from fedtune.directions.space import summands
 from fedtune.errors import RoundError, ShapeError
 from fedtune.tensors import DTYPES, Array
 
@@ -218,10 +219,32 @@ def pieces(
     device: torch.device,
 ) -> Iterator[torch.Tensor]:
     """Yield y of a run of blocks in flat pieces: float32 where that is exact, integers beyond; no zero is -0."""
+    # Of all banks together: then every sum of them is exact as well.
     exact = value_bound(bank, accumulators) < FP32_LIMIT
-    sums = torch.from_numpy(accumulators.copy()).to(device)
+    parts = [
+        plain_pieces(
+            plain,
+            torch.from_numpy(rows.copy()).to(device),
+            exact=exact,
+            ordinal=ordinal,
+            shape=shape,
+            blocks=blocks,
+        )
+        for plain, rows in summands(bank, accumulators, ordinal)
+    ]
+    for first, *others in zip(*parts, strict=True):
+        y = first
+        for other in others:
+            y = y + other
+        yield y
+
+
+def plain_pieces(
+    bank: DirectionBank, sums: torch.Tensor, *, exact: bool, ordinal: int, shape: Sequence[int], blocks: range
+) -> Iterator[torch.Tensor]:
+    """Yield what one plain bank adds to y, given its accumulators as `space.summands` returns them, on their device."""
     # Blocks at a time: 2 MiB of float32 stay in a CPU's cache; a GPU needs 64 MiB to have work for all of its cores.
-    length = 128 if device.type == "cpu" else 4096
+    length = 128 if sums.device.type == "cpu" else 4096
     if isinstance(bank, Kron) and len(shape) > 1:
         yield from kron_pieces(bank, sums, exact=exact, ordinal=ordinal, shape=shape, blocks=blocks, length=length)
         return
@@ -231,11 +254,11 @@ def pieces(
         return
     dense = bank.vectors if isinstance(bank, Kron) else bank
     if not isinstance(dense, Hadamard):  # a bank that has no torch code here
-        for y in bank.pieces(accumulators, ordinal=ordinal, shape=shape, blocks=blocks):
-            yield torch.from_numpy(y).to(device)
+        for y in bank.pieces(sums.cpu().numpy(), ordinal=ordinal, shape=shape, blocks=blocks):
+            yield torch.from_numpy(y).to(sums.device)
         return
     for run in split_runs(blocks, length):
-        linear = hadamard_map(dense, run, ordinal, device)
+        linear = hadamard_map(dense, run, ordinal, sums.device)
         yield apply_linear(linear, sums, exact=exact)[: len(positions(run, shape))]
 
 
@@ -249,7 +272,7 @@ def apply_linear(linear: LinearMap, sums: torch.Tensor, *, exact: bool) -> torch
 
 
 def hadamard_map(bank: Hadamard, run: range, ordinal: int, device: torch.device) -> LinearMap:
-    """Return the linear map from (K,) to the displacements of a run of blocks; its signs are drawn once."""
+    """Return the linear map from (K,) or (groups, K) to the displacements of a run of blocks, whose signs it keeps."""
     columns = max(WORD, 1 << (bank.size.bit_length() // 2))  # b
     rows = max(1, bank.size // columns)  # a; below K = 32 one row holds several groups
     drawn = words(bank.key, Purpose.DENSE_SIGNS, run, calls=SIGN_WORDS // 4, ordinal=ordinal, device=device)
@@ -262,7 +285,12 @@ def hadamard_map(bank: Hadamard, run: range, ordinal: int, device: torch.device)
     right = torch.block_diag(*[own] * (columns // len(own)))
 
     def linear(sums: torch.Tensor) -> torch.Tensor:
-        tiled = sums.repeat(max(1, columns // bank.size)).view(rows, 1, columns)
+        # One row for all blocks, or a row for each, which all of its transforms start from.
+        table = sums.view(-1, bank.size)
+        if len(table) > 1:
+            numbers = torch.arange(run.start, run.stop, device=device) % len(table)
+            table = table[numbers.repeat_interleave(BLOCK // (rows * columns))]
+        tiled = table.repeat(1, max(1, columns // bank.size)).view(-1, rows, columns).transpose(0, 1)
         # Flipping the sign bit is exact and cheaper than a product with +1 or -1.
         x = (tiled.view(torch.int32) ^ first).view(torch.float32)  # (a, groups, b)
         y = left @ (x.view(-1, columns) @ right).view(rows, -1)  # (a, groups * b)
@@ -293,6 +321,10 @@ def kron_pieces(
 
 def gaussian_sums(bank: Gaussian, sums: torch.Tensor, run: range, ordinal: int) -> torch.Tensor:
     """Return the displacements of a run of blocks, int64."""
+    if sums.dim() > 1:
+        # Two runs of blocks cannot share what is drawn for a direction: each has words of its own anyhow.
+        rows = [sums[block % len(sums)] for block in run]
+        return torch.cat([gaussian_sums(bank, row, range(b, b + 1), ordinal) for b, row in zip(run, rows, strict=True)])
     y = torch.zeros(len(run) * BLOCK, dtype=torch.int64, device=sums.device)
     used = torch.nonzero(sums).view(-1)
     for group in used.split(MAX_DIRECTIONS) if len(used) else ():  # an empty tensor is split into one empty part

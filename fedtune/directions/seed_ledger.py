@@ -1,4 +1,4 @@
-"""A run's whole history in 60 + 4K bytes, and the manifest of the base that it refers to."""
+"""A run's whole history in 60 + 4K bytes, or in a few more for several banks or groups, and the base's manifest."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ from math import prod
 
 import numpy as np
 
-from fedtune.directions.bank import BANK_NAMES, BANKS, DirectionBank, headroom
+from fedtune.directions.bank import BANK_NAMES, DirectionBank, headroom
+from fedtune.directions.blocks import Groups
 from fedtune.directions.rebuild_numpy import EXPONENTS
+from fedtune.directions.space import MAX_BANKS, MAX_GROUPS, MAX_TENSORS, Grouped, directions
 from fedtune.errors import ConfigError, Fault, WireError
 from fedtune.tensors import DTYPES, Array, Tensors
 
 LEDGER_MAGIC = b"FTKS\x01"
 LEDGER_HEADER = struct.Struct("<5sBHIQiI32s")
 """Magic, bank, zero, K, key, exponent, round, digest of the manifest; then K integers of 32 bits."""
+GROUPED_MAGIC = b"FTKS\x02"
+GROUPED_HEADER = struct.Struct("<5sBHIiI32sHH")
+"""Magic, bank, zero, K, exponent, round, digest of the manifest, number of banks B, number of groups G or 0 for one per
+tensor; then B keys of 64 bits, oldest first; for one per tensor G and G ordinals, of 32 bits; then B x G x K integers.
+"""
 
 MANIFEST_MAGIC = b"FTKM\x01"
 DTYPE_CODES: Mapping[str, int] = {"fp32": 1, "fp16": 2, "bf16": 3}
@@ -34,7 +41,7 @@ PIECE = 2**20
 
 @dataclass(frozen=True)
 class SeedLedger:
-    """The state of FedKSeed: w(A) = w0 - 2^-e * sum_k A_k z_k."""
+    """The state of FedKSeed: w(A) = w0 - 2^-e * sum_k A_k z_k, over all banks, and the group of each position."""
 
     bank: DirectionBank
     exponent: int
@@ -44,11 +51,13 @@ class SeedLedger:
     manifest: bytes
     """Digest of the base's manifest, 32 bytes."""
     accumulators: Array
-    """A, int32 (K,)."""
+    """A, int32 (bank.size,)."""
 
     def encode(self) -> bytes:
         """Return the ledger in its one canonical form, integers little-endian."""
         bank = self.bank
+        if isinstance(bank, Grouped):
+            return encode_grouped_header(self, bank) + self.accumulators.astype("<i4").tobytes()
         header = (LEDGER_MAGIC, bank.code, 0, bank.size, bank.key, self.exponent, self.round, self.manifest)
         return LEDGER_HEADER.pack(*header) + self.accumulators.astype("<i4").tobytes()
 
@@ -58,39 +67,87 @@ class SeedLedger:
         return hashlib.sha256(self.encode()).digest()
 
 
+def encode_grouped_header(ledger: SeedLedger, bank: Grouped) -> bytes:
+    """Return what stands before the integers of a ledger of several banks or groups."""
+    fixed = (GROUPED_MAGIC, bank.code, 0, bank.seeds, ledger.exponent, ledger.round, ledger.manifest, len(bank.banks))
+    keys = struct.pack(f"<{len(bank.banks)}Q", *(plain.key for plain in bank.banks))
+    if bank.groups == "tensor":
+        ordinals = struct.pack(f"<I{len(bank.tensors)}I", len(bank.tensors), *bank.tensors)
+        return GROUPED_HEADER.pack(*fixed, 0) + keys + ordinals
+    return GROUPED_HEADER.pack(*fixed, bank.groups) + keys
+
+
 def decode_ledger(data: bytes) -> SeedLedger:
-    """Return the ledger that was encoded; its accumulators are read-only.
+    """Return the ledger that was encoded, of either version; its accumulators are read-only.
 
     Raises:
         WireError: if the bytes are not exactly one ledger, or one that no run can have reached.
     """
-    if len(data) < LEDGER_HEADER.size:
-        raise WireError(
-            f"seed ledger: expected at least {LEDGER_HEADER.size} bytes; got {len(data)}; send the whole ledger"
-        )
-    magic, code, zero, size, key, exponent, round, manifest = LEDGER_HEADER.unpack_from(data)
-    if magic != LEDGER_MAGIC or zero != 0:
-        raise WireError(
-            f"seed ledger: expected it to start with {LEDGER_MAGIC!r}; got {bytes(data[:8])!r}; send a ledger"
-        )
-    if code not in BANK_NAMES:
+    grouped = data[: len(GROUPED_MAGIC)] == GROUPED_MAGIC
+    header = GROUPED_HEADER if grouped else LEDGER_HEADER
+    if len(data) < header.size:
+        raise WireError(f"seed ledger: expected at least {header.size} bytes; got {len(data)}; send the whole ledger")
+    if not (grouped or data[: len(LEDGER_MAGIC)] == LEDGER_MAGIC) or data[6:8] != bytes(2):
+        expected = f"to start with {LEDGER_MAGIC!r} or {GROUPED_MAGIC!r} and to have zeros after the bank"
+        raise WireError(f"seed ledger: expected it {expected}; got {bytes(data[:8])!r}; send a ledger")
+    if (code := data[5]) not in BANK_NAMES:
         raise WireError(f"seed ledger: expected a bank of {dict(BANK_NAMES)}; got {code}; update fedtune")
+    bank: DirectionBank
     try:
-        bank = BANKS[BANK_NAMES[code]](size, key)
+        if grouped:
+            bank, exponent, round, manifest, start = decode_grouped_header(data, BANK_NAMES[code])
+        else:
+            _, _, _, size, key, exponent, round, manifest = LEDGER_HEADER.unpack_from(data)
+            bank, start = directions(BANK_NAMES[code], size, [key]), LEDGER_HEADER.size
     except ConfigError as error:
         raise WireError(f"seed ledger: {error}") from error
-    if len(data) != LEDGER_HEADER.size + 4 * size:
+    if len(data) != start + 4 * bank.size:
         raise WireError(
-            f"seed ledger: expected {LEDGER_HEADER.size + 4 * size} bytes for {size} seeds; got {len(data)}; "
-            "send it whole"
+            f"seed ledger: expected {start + 4 * bank.size} bytes for {bank.size} seeds; got {len(data)}; send it whole"
         )
     if exponent not in EXPONENTS:
         raise WireError(f"seed ledger: expected e in {EXPONENTS}; got {exponent}; send the ledger of a run")
-    accumulators = np.frombuffer(data, "<i4", offset=LEDGER_HEADER.size)
+    accumulators = np.frombuffer(data, "<i4", offset=start)
     # Larger sums would wrap around in a rebuild without any error.
     if headroom(bank, accumulators) < 0:
         raise WireError("seed ledger: expected sums that fit into 32 bits; got larger ones; send the ledger of a run")
     return SeedLedger(bank, exponent, round, manifest, accumulators)
+
+
+def decode_grouped_header(data: bytes, name: str) -> tuple[Grouped, int, int, bytes, int]:
+    """Return the directions, the exponent, the round and the manifest's digest, and where the integers start.
+
+    Raises:
+        ConfigError: if there are no such directions.
+        WireError: if the bytes end too early, or one bank of one group is stated, which has a form of its own.
+    """
+    _, _, _, seeds, exponent, round, manifest, count, number = GROUPED_HEADER.unpack_from(data)
+    if not 1 <= count <= MAX_BANKS or number > MAX_GROUPS:
+        expected = f"1 to {MAX_BANKS} banks and at most {MAX_GROUPS} groups"
+        raise WireError(f"seed ledger: expected {expected}; got {count} and {number}; send the ledger of a run")
+    try:
+        keys, start = struct.unpack_from(f"<{count}Q", data, GROUPED_HEADER.size), GROUPED_HEADER.size + 8 * count
+        groups: Groups = number or "tensor"
+        tensors: tuple[int, ...] = ()
+        if groups == "tensor":
+            (listed,) = struct.unpack_from("<I", data, start)
+            # Before as many ordinals are read: the number may be any of 32 bits.
+            if listed > MAX_TENSORS:
+                expected = f"at most {MAX_TENSORS} tensors"
+                raise WireError(f"seed ledger: expected {expected}; got {listed}; send the ledger of a run")
+            tensors = struct.unpack_from(f"<{listed}I", data, start + 4)
+            start += 4 + 4 * listed
+    except struct.error:
+        raise WireError(f"seed ledger: expected whole lists; got {len(data)} bytes that end within one") from None
+    if (count, groups) == (1, 1):
+        # Two encodings of one state would have two digests.
+        raise WireError(
+            f"seed ledger: expected several banks or groups after {GROUPED_MAGIC!r}; got one; "
+            f"write it with {LEDGER_MAGIC!r}"
+        )
+    bank = directions(name, seeds, keys, groups, tensors)
+    assert isinstance(bank, Grouped)
+    return bank, exponent, round, manifest, start
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class GgufPosition:
 
     def move(self, seed: int, amount: int) -> None:
         """Add an amount to one accumulator for good."""
-        self._sums = perturb(self._sums, seed, amount)
+        self._sums = perturb(self._ledger.bank, self._sums, seed, amount)
 
 
 class Paths:
@@ -212,9 +212,9 @@ def in_file_order(rows: Array, name: str, decoder: Decoder) -> Array:
 
 def matrices_of(ledger: SeedLedger, moves: Sequence[Move], sums: Array | None = None) -> Array:
     """Return -u M for each move, float32 (moves, p, p); u is a power of two, so the product is exact."""
-    rank = int(np.sqrt(ledger.bank.size))
+    bank, rank = ledger.bank, int(np.sqrt(ledger.bank.size))
     at = ledger.accumulators if sums is None else sums
-    matrices = [perturb(at, seed, amount).reshape(rank, rank).astype(np.float32) for seed, amount in moves]
+    matrices = [perturb(bank, at, seed, amount).reshape(rank, rank).astype(np.float32) for seed, amount in moves]
     return np.float32(-(2.0**-ledger.exponent)) * np.stack(matrices)
 
 

@@ -229,7 +229,9 @@ class OnnxPosition:
         together, losses = max(1, MAX_TOKENS // batch.input_ids.size), list[float]()
         for at in range(0, len(moves), together):
             part = moves[at : at + together]
-            squares = np.stack([square_of(self._ledger, perturb(self._sums, *move)) for move in part])
+            squares = np.stack(
+                [square_of(self._ledger, perturb(self._ledger.bank, self._sums, *move)) for move in part]
+            )
             state = orient(np.repeat(squares, len(batch.input_ids), axis=0), self._runtime.transposed)
             # The output at t predicts token t + 1: `places` are those t, in every copy of the rows.
             copies = (places + np.arange(len(part))[:, None] * batch.input_ids.size).reshape(-1)
@@ -240,7 +242,7 @@ class OnnxPosition:
 
     def move(self, seed: int, amount: int) -> None:
         """See `probing.measure.Position.move`."""
-        self._sums = perturb(self._sums, seed, amount)
+        self._sums = perturb(self._ledger.bank, self._sums, seed, amount)
 
 
 def square_of(ledger: SeedLedger, sums: Array) -> Array:

@@ -215,6 +215,8 @@ def refuse_probe(client: str, task: ProbeSeeds) -> None:
         f"the bank {task.bank!r}": task.bank != BANK,
         "biases and norms to be moved (method.vectors)": task.vectors,
         "embeddings to be moved (method.embeddings)": task.embeddings,
+        "numbers for groups of weights (method.groups)": task.groups != 1,
+        "directions of several banks (method.redraw)": bool(task.earlier),
     }
     if unsupported := [what for what, is_asked in asked.items() if is_asked]:
         raise ClientError(
@@ -236,7 +238,7 @@ def request_model(opened: Opened, request: ScoreRequest, client: str) -> tuple[S
         bank = Kron(4, 0)
         return SeedLedger(bank, EXPONENTS.start, 0, manifest.digest, np.zeros(bank.size, np.int32)), own
     ledger = decode_ledger(request.ledger)
-    if ledger.bank.name != BANK or not set(request.trainable) <= set(own):
+    if not isinstance(ledger.bank, Kron) or not set(request.trainable) <= set(own):
         raise ClientError(f"{client}: expected a model of the bank {BANK!r} over its own layers; got another")
     if ledger.manifest != manifest.digest:
         expected, got = manifest.digest.hex()[:16], ledger.manifest.hex()[:16]

@@ -92,7 +92,7 @@ class Injected:
 
     def move(self, seed: int, amount: int) -> None:
         """See `seed_rebuild.RebuiltPosition.move`."""
-        self._sums = perturb(self._sums, seed, amount)
+        self._sums = perturb(self._bank, self._sums, seed, amount)
         self.matrix = self._square()
 
     def _square(self) -> torch.Tensor:
@@ -105,7 +105,7 @@ class Injected:
         write = rewriter(
             [(ordinal, own[ordinal], copies[ordinal]) for ordinal in own], bank=self._bank, exponent=self._exponent
         )
-        write(perturb(self._sums, seed, amount))
+        write(perturb(self._bank, self._sums, seed, amount))
         return copies
 
 

@@ -31,7 +31,7 @@ def at_position(base: Base, ledger: SeedLedger, trainable: Sequence[int]) -> Ite
         return
     with working_copy(base, trainable) as trios:
         # A rebuild of the gaussian bank costs K random numbers per weight, which displacements are spared.
-        kind = DisplacedPosition if isinstance(ledger.bank, Gaussian) else RebuiltPosition
+        kind = DisplacedPosition if ledger.bank.name == Gaussian.name else RebuiltPosition
         yield kind(base, ledger, trios)
 
 

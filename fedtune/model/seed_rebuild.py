@@ -109,20 +109,20 @@ class RebuiltPosition:
     """Losses at w(A) and around it; every loss rebuilds all weights from the accumulators, into one working copy."""
 
     def __init__(self, base: Base, ledger: SeedLedger, trios: Sequence[Trio]) -> None:
-        self._base, self._sums = base, np.array(ledger.accumulators)
+        self._base, self._bank, self._sums = base, ledger.bank, np.array(ledger.accumulators)
         self._rewrite = rewriter(trios, bank=ledger.bank, exponent=ledger.exponent)
 
     def losses(self, batch: Batch, moves: Sequence[Move]) -> Sequence[float]:
         """Return the mean loss of the batch at w(A + amount e_k) for each (k, amount)."""
         losses = []
         for seed, amount in moves:
-            self._rewrite(perturb(self._sums, seed, amount))
+            self._rewrite(perturb(self._bank, self._sums, seed, amount))
             losses.append(mean_loss(self._base, batch))
         return losses
 
     def move(self, seed: int, amount: int) -> None:
         """Add an amount to one accumulator for good."""
-        self._sums = perturb(self._sums, seed, amount)
+        self._sums = perturb(self._bank, self._sums, seed, amount)
 
 
 class DisplacedPosition:
@@ -156,7 +156,7 @@ class DisplacedPosition:
             y.add_(z, alpha=amount)
 
     def _direction(self, seed: int) -> Sequence[torch.Tensor]:
-        unit = perturb(np.zeros(self._bank.size, np.int32), seed, 1)
+        unit = perturb(self._bank, np.zeros(self._bank.size, np.int32), seed, 1)
         return [self._displacement_of(unit, ordinal, own) for ordinal, own, _ in self._trios]
 
     def _displacement_of(self, sums: Array, ordinal: int, own: torch.Tensor) -> torch.Tensor:

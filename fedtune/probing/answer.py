@@ -16,9 +16,10 @@ import numpy as np
 from fedtune.data.encode import Example
 from fedtune.data.loss_rows import loss_rows, num_loss_rows
 from fedtune.directions import sampling as sampling_module
-from fedtune.directions.bank import BANKS, DirectionBank, displacement
+from fedtune.directions.bank import DirectionBank, displacement
 from fedtune.directions.consistency import STATE, Displacement, block_checks
 from fedtune.directions.seed_ledger import Manifest, SeedLedger
+from fedtune.directions.space import directions
 from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.messages import Assignment, ClientUpdate, Measured, ProbeResult, ProbeSeeds
 from fedtune.probing.measure import B, Position, measure
@@ -76,7 +77,9 @@ def measure_seeds(
         WireError: if accumulators that were sent are not those that they are said to be.
     """
     name, training = assignment.plan.client, assignment.plan.training
-    bank = BANKS[probe.bank](probe.seeds, probe.key)
+    reach = TensorSelection(probe.bank, probe.trainable, vectors=probe.vectors, embeddings=probe.embeddings)
+    ordinals = trainable_ordinals(prober.manifest, reach, prober.layers)
+    bank = directions(probe.bank, probe.seeds, [*probe.earlier, probe.key], probe.groups, ordinals)
     update = partial(ClientUpdate, name, assignment.round, len(examples))
     ledger = restore(
         probe.state,
@@ -89,15 +92,13 @@ def measure_seeds(
     # Not an error: a client that was away for long lacks the state, and is sent the whole of it.
     if ledger is None:
         return update(ProbeResult(np.empty(0, np.int8), lost=True))
-    reach = TensorSelection(probe.bank, probe.trainable, vectors=probe.vectors, embeddings=probe.embeddings)
-    ordinals = trainable_ordinals(prober.manifest, reach, prober.layers)
     steps, sampling = training.steps, probe.sampling
     if probe.calibrate:
         # Uniform: before there are scalars, no seed has a level by which `pro` could draw it.
         steps, sampling = probe.queries * -(-CALIBRATION // probe.queries), "uniform"
     assert steps is not None  # the message holds a number
     ids = sampling_module.sample_ids(
-        derive(assignment.seed, "fedkseed.ids"), steps, bank.size, sampling=sampling, levels=probe.levels
+        derive(assignment.seed, "fedkseed.ids"), steps, bank.seeds, sampling=sampling, levels=probe.levels
     )
     began = time.perf_counter()
     with prober.at(ledger, ordinals) as position:

@@ -134,7 +134,7 @@ def measure(
             scalars.append(scalar)
             if scalar:
                 # Checked at every step: a sum beyond 32 bits would wrap around in the rebuild.
-                sums = check_accumulators(ledger.bank, perturb(sums, seed, scalar << probe.shift))
+                sums = check_accumulators(ledger.bank, perturb(ledger.bank, sums, seed, scalar << probe.shift))
                 position.move(seed, scalar << probe.shift)
         on_step(min(start + group, len(ids)), len(ids))
     return Measurements(

@@ -66,7 +66,7 @@ def restore(
     if state.form != "whole" and known is None:
         return None
     sums = read_accumulators(
-        state, known, partial(sampling_module.sample_ids, size=bank.size, sampling=sampling), bank.size
+        state, known, partial(sampling_module.sample_ids, size=bank.seeds, sampling=sampling), bank.size
     )
     # Clipped to 32 bits, beyond which one is refused anyhow: the sum of such numbers could wrap around.
     if len(sums) != bank.size or headroom(bank, np.clip(sums, -(2**31), 2**31 - 1)) < 0:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Literal, TypeVar
 
-from fedtune.directions.blocks import MAX_SIZE
+from fedtune.directions.blocks import MAX_SIZE, Groups
 from fedtune.directions.downlink import MAX_SHIFT
 from fedtune.directions.rebuild_numpy import EXPONENTS
+from fedtune.directions.space import MAX_ACCUMULATORS, MAX_BANKS, MAX_GROUPS
 from fedtune.errors import WireError
 from fedtune.messages import BankName, ProbeSeeds, Sampling, SeedState, Training
 from fedtune.wire.expect import LARGEST
@@ -61,6 +62,10 @@ def to_message(probe: ProbeSeeds, training: Training) -> pb.Probe:
         vectors=probe.vectors,
         embeddings=probe.embeddings,
         calibrate=probe.calibrate,
+        # 0, like no field, is one group: messages of a run that has no more are as they always were.
+        groups=0 if probe.groups in (1, "tensor") else int(probe.groups),
+        by_tensor=probe.groups == "tensor",
+        earlier=probe.earlier,
     )
 
 
@@ -80,6 +85,8 @@ def from_message(message: pb.Probe) -> tuple[ProbeSeeds, Training]:
         "batch": (message.batch, 1, 2**31 - 1),
         "queries": (message.queries, 0, MAX_STEPS),
         "state.since": (state.since, 0, state.round),
+        "groups": (message.groups, 0, 0 if message.by_tensor else MAX_GROUPS),
+        "earlier": (len(message.earlier), 0, MAX_BANKS - 1),
     }
     for name, (value, least, most) in ranges.items():
         if not least <= value <= most:
@@ -92,7 +99,11 @@ def from_message(message: pb.Probe) -> tuple[ProbeSeeds, Training]:
     sampling = choice(SAMPLING, message.sampling, "sampling")
     if len(message.levels) != (message.seeds if sampling == "pro" else 0) or 0 in message.levels:
         raise WireError(f"probe: expected a level above 0 for each seed that is drawn by it; got {len(message.levels)}")
-    most = 4 * message.seeds + message.seeds // 8 + 1  # no form is sent that is longer than the whole
+    groups: Groups = "tensor" if message.by_tensor else message.groups or 1
+    # How many tensors are moved follows from the base, which is not known here.
+    size = (1 + len(message.earlier)) * message.seeds * (groups if isinstance(groups, int) else 1)
+    size = MAX_ACCUMULATORS if groups == "tensor" else min(size, MAX_ACCUMULATORS)
+    most = 4 * size + size // 8 + 1  # no form is sent that is longer than the whole
     if len(state.digest) != 32 or len(state.data) > most:
         raise WireError(
             f"probe: expected a digest of 32 bytes and at most {most} of accumulators; "
@@ -116,6 +127,8 @@ def from_message(message: pb.Probe) -> tuple[ProbeSeeds, Training]:
         vectors=message.vectors,
         embeddings=message.embeddings,
         calibrate=message.calibrate,
+        groups=groups,
+        earlier=tuple(message.earlier),
     )
     return probe, Training(batch=message.batch, learning_rate=message.learning_rate, steps=message.steps)
 

@@ -66,7 +66,7 @@ def test_a_perturbed_history_moves_by_one_direction_and_leaves_the_original() ->
     bank = Hadamard(16, SEED)
     sums = accumulators(bank, most=50)
     before = sums.copy()
-    moved = displacement(bank, perturb(sums, 3, -700), ordinal=0, shape=(100,))
+    moved = displacement(bank, perturb(bank, sums, 3, -700), ordinal=0, shape=(100,))
     z = bank.direction(3, ordinal=0, shape=(100,), blocks=range(1)).astype(np.int32)
     np.testing.assert_array_equal(moved, displacement(bank, sums, ordinal=0, shape=(100,)) - 700 * z)
     np.testing.assert_array_equal(sums, before)

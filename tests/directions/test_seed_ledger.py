@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.directions.bank import BANKS
+from fedtune.directions.blocks import Groups
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.seed_ledger import (
     Manifest,
@@ -17,6 +19,7 @@ from fedtune.directions.seed_ledger import (
     decode_manifest,
     describe_base,
 )
+from fedtune.directions.space import MAX_TENSORS, directions
 from fedtune.errors import ConfigError, WireError
 from fedtune.tensors import DTYPES, Array
 from tests.directions.vectors import SEED, SMALL, accumulators, small_w0
@@ -64,7 +67,7 @@ def test_every_truncated_and_every_longer_ledger_is_refused() -> None:
     ("offset", "value", "reason"),
     [
         (0, b"FTKM", "expected it to start with"),
-        (4, b"\x02", "expected it to start with"),
+        (4, b"\x03", "expected it to start with"),
         (5, b"\x00", "expected a bank of"),
         (5, b"\x04", "expected a bank of"),
         (5, b"\x03", "power of 4"),
@@ -99,6 +102,99 @@ def test_the_digest_knows_every_field() -> None:
         data[offset] ^= 1
         digests.add(decode_ledger(bytes(data)).digest)
     assert len(digests) == 6
+
+
+GROUPED = SeedLedger(directions("hadamard", 2, [SEED, 7], 2), 10, 3, MANIFEST, SMALL)
+BY_TENSOR = SeedLedger(directions("hadamard", 4, [SEED], "tensor", [3, 9]), 10, 3, MANIFEST, SMALL)
+
+
+def test_a_ledger_of_several_banks_and_groups_is_written_as_the_format_says() -> None:
+    front = b"FTKS\2" + struct.pack("<BHIiI", 2, 0, 2, 10, 3) + MANIFEST
+    numbers = struct.pack("<8i", *SMALL.tolist())
+    assert GROUPED.encode() == front + struct.pack("<HHQQ", 2, 2, SEED, 7) + numbers
+    front = b"FTKS\2" + struct.pack("<BHIiI", 2, 0, 4, 10, 3) + MANIFEST
+    assert BY_TENSOR.encode() == front + struct.pack("<HHQ3I", 1, 0, SEED, 2, 3, 9) + numbers
+    assert (len(GROUPED.encode()), len(BY_TENSOR.encode())) == (56 + 16 + 32, 56 + 8 + 12 + 32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(["gaussian", "hadamard", "kron"]),
+    seeds=st.sampled_from([1, 4, 16]),
+    keys=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4, unique=True),
+    groups=st.sampled_from([1, 2, 64, "tensor"]),
+    tensors=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5, unique=True),
+    round=st.integers(0, 2**32 - 1),
+)
+def test_an_encoded_ledger_of_any_directions_is_decoded_again(
+    name: str, seeds: int, keys: list[int], groups: Groups, tensors: list[int], round: int
+) -> None:
+    bank = directions(name, seeds, keys, 1 if name == "kron" and groups != "tensor" else groups, sorted(tensors))
+    ledger = SeedLedger(bank, 26, round, MANIFEST, accumulators(bank, most=2**16, key=round))
+    again = decode_ledger(ledger.encode())
+    assert (again.bank, again.exponent, again.round, again.manifest) == (bank, 26, round, MANIFEST)
+    np.testing.assert_array_equal(again.accumulators, ledger.accumulators)
+    assert again.digest == ledger.digest
+
+
+@pytest.mark.parametrize("ledger", [GROUPED, BY_TENSOR], ids=["blocks", "tensors"])
+def test_every_truncated_and_every_longer_ledger_of_groups_is_refused(ledger: SeedLedger) -> None:
+    data = ledger.encode()
+    for wrong in [*(data[:length] for length in range(len(data))), data + b"\0", data + bytes(4)]:
+        with pytest.raises(WireError, match="seed ledger: expected"):
+            decode_ledger(wrong)
+
+
+@pytest.mark.parametrize(
+    ("ledger", "offset", "value", "reason"),
+    [
+        (GROUPED, 5, b"\x04", "expected a bank of"),
+        (GROUPED, 5, b"\x03", "power of 4"),
+        (GROUPED, 6, b"\x01", "expected it to start with"),
+        (GROUPED, 8, struct.pack("<I", 3), "power of 2"),
+        (GROUPED, 8, struct.pack("<I", 2**32 - 1), "power of 2"),
+        (GROUPED, 8, struct.pack("<I", 4096), "expected 65608 bytes for 16384 seeds"),
+        (GROUPED, 12, struct.pack("<i", 126), "expected e in"),
+        (GROUPED, 52, struct.pack("<H", 0), "1 to 256 banks and at most 64 groups; got 0 and 2"),
+        (GROUPED, 52, struct.pack("<H", 65535), "1 to 256 banks and at most 64 groups; got 65535 and 2"),
+        (GROUPED, 52, struct.pack("<H", 256), "end within one"),
+        (GROUPED, 54, struct.pack("<H", 65535), "at most 64 groups; got 2 and 65535"),
+        (GROUPED, 54, struct.pack("<H", 3), "power of 2 from 1 to 64"),
+        (GROUPED, 54, struct.pack("<H", 64), "expected 1096 bytes for 256 seeds"),
+        (GROUPED, 54, struct.pack("<H", 0), "expected 96 bytes for 4 seeds; got 104"),
+        (GROUPED, 64, struct.pack("<Q", SEED), "another one for every bank"),
+        (GROUPED, 72, struct.pack("<i", 2**31 - 7), "sums that fit into 32 bits"),
+        (BY_TENSOR, 64, struct.pack("<I", 2**32 - 1), "at most 65536 tensors; got 4294967295"),
+        (BY_TENSOR, 64, struct.pack("<I", MAX_TENSORS), "end within one"),
+        (BY_TENSOR, 64, struct.pack("<I", 0), "ordinals in rising order"),
+        (BY_TENSOR, 68, struct.pack("<I", 9), "ordinals in rising order"),
+        (BY_TENSOR, 5, b"\x01", None),
+        (BY_TENSOR, 5, b"\x03", None),
+    ],
+)
+def test_a_ledger_of_groups_that_no_run_wrote_is_refused(
+    ledger: SeedLedger, offset: int, value: bytes, reason: str | None
+) -> None:
+    data = bytearray(ledger.encode())
+    data[offset : offset + len(value)] = value
+    if reason is None:  # one that a run may well have written
+        assert decode_ledger(bytes(data)).encode() == data
+        return
+    with pytest.raises(WireError, match=reason):
+        decode_ledger(bytes(data))
+
+
+def test_one_bank_of_one_group_has_no_second_form() -> None:
+    front = b"FTKS\2" + struct.pack("<BHIiI", 2, 0, 8, 10, 3) + MANIFEST
+    with pytest.raises(WireError, match=r"several banks or groups .* got one; write it with b'FTKS"):
+        decode_ledger(front + struct.pack("<HHQ", 1, 1, SEED) + struct.pack("<8i", *SMALL.tolist()))
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.binary(max_size=200))
+def test_arbitrary_bytes_after_the_second_magic_raise_nothing_but_a_wire_error(data: bytes) -> None:
+    with pytest.raises(WireError):
+        decode_ledger(b"FTKS\2" + data)
 
 
 BASE = {"b.weight": small_w0((4, 6)), "a.bias": small_w0((5,))}

@@ -446,7 +446,7 @@ def test_a_round_that_could_leave_32_bits_is_not_begun(bank: str, seeds: int) ->
     # The worst of rounds, and the perturbation on top, still fit into 32 bits: neither end meets an overflow.
     worst = [127 if k != 3 else -127 for k in drawn(state, "ann", 4).tolist()]
     after = METHOD.aggregate(state, [answer(state, "ann", worst)])
-    displacement(state.bank, perturb(after.sums, 3, -after.perturbation), ordinal=0, shape=(30, 6))
+    displacement(state.bank, perturb(state.bank, after.sums, 3, -after.perturbation), ordinal=0, shape=(30, 6))
     assert rounds_left(after, 4) == 0
     sums[3] -= 1
     with pytest.raises(RoundError, match=r"round 1: expected room for 4 more scalars in sums of 32 bits; got sum") as e:

@@ -108,7 +108,7 @@ def by_hand(
     with torch.no_grad():
         for seed in drawn.tolist():
             batch = collate([rows[place] for place in next(order)], base)
-            plus, minus = (loss(perturb(sums, seed, amount), batch) for amount in (-32, 32))
+            plus, minus = (loss(perturb(ledger.bank, sums, seed, amount), batch) for amount in (-32, 32))
             slope = (plus - minus) / (2 * 32 * 2.0**-10)
             scalars.append(max(-127, min(127, round(rate * slope * 2**10 / 2**3))))
             sums[seed] += scalars[-1] * 2**3
@@ -211,7 +211,7 @@ def published(base: Base, rows: Sequence[Example], drawn: Array, *, eps: float, 
     start = [weight.double().numpy().copy() for weight in weights]
     with torch.no_grad():
         for seed in drawn.tolist():
-            one = perturb(np.zeros(16, np.int32), seed, 1)
+            one = perturb(bank, np.zeros(16, np.int32), seed, 1)
             z = [
                 torch.from_numpy(displacement(bank, one, ordinal=ordinal, shape=entry.shape) / 2.0).view(entry.shape)
                 for ordinal, entry in enumerate(base.manifest.entries)

@@ -142,7 +142,7 @@ def test_losses_are_those_of_weights_set_by_hand(bank: str, loaded: Any, example
     unit = 2.0 ** -(ledger.exponent + ledger.bank.halvings)
     own = {name: parameter.clone() for name, parameter in base.model.named_parameters()}
     for (seed, amount), loss in zip(moves, found, strict=True):
-        sums = perturb(perturb(ledger.accumulators, 7, 30), seed, amount)
+        sums = perturb(ledger.bank, perturb(ledger.bank, ledger.accumulators, 7, 30), seed, amount)
         with torch.no_grad():
             for ordinal, entry in enumerate(base.manifest.entries):
                 y = displacement(ledger.bank, sums, ordinal=ordinal, shape=entry.shape).reshape(entry.shape)
@@ -182,7 +182,7 @@ def test_the_published_perturbation_in_place_drifts_in_bfloat16(loaded: Any) -> 
     parameters = dict(base.model.named_parameters())
     with torch.no_grad():
         for seed, _ in drawn(200):
-            one = perturb(np.zeros(16, np.int32), seed, 1)
+            one = perturb(bank, np.zeros(16, np.int32), seed, 1)
             for ordinal, entry in enumerate(base.manifest.entries[:3]):
                 z = torch.from_numpy(displacement(bank, one, ordinal=ordinal, shape=entry.shape)).view(entry.shape)
                 for eps in (5e-4, -1e-3, 5e-4):

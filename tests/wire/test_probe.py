@@ -51,6 +51,8 @@ PROBE = ProbeSeeds(
     vectors=True,
     embeddings=True,
     calibrate=True,
+    groups=16,
+    earlier=(2**64 - 1, 0),
 )
 TRAINING = Training(batch=3, learning_rate=3e-7, steps=200)
 ASSIGNMENT = Assignment(

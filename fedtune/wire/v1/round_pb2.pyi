@@ -202,7 +202,7 @@ class SeedState(_message.Message):
     def __init__(self, form: _Optional[_Union[SeedForm, str]] = ..., since: _Optional[int] = ..., data: _Optional[bytes] = ..., round: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class Probe(_message.Message):
-    __slots__ = ("bank", "seeds", "key", "exponent", "shift", "perturbation", "state", "steps", "batch", "learning_rate", "sampling", "levels", "queries", "normalise", "clip", "trainable", "vectors", "embeddings", "calibrate")
+    __slots__ = ("bank", "seeds", "key", "exponent", "shift", "perturbation", "state", "steps", "batch", "learning_rate", "sampling", "levels", "queries", "normalise", "clip", "trainable", "vectors", "embeddings", "calibrate", "groups", "by_tensor", "earlier")
     BANK_FIELD_NUMBER: _ClassVar[int]
     SEEDS_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +222,9 @@ class Probe(_message.Message):
     VECTORS_FIELD_NUMBER: _ClassVar[int]
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     CALIBRATE_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    BY_TENSOR_FIELD_NUMBER: _ClassVar[int]
+    EARLIER_FIELD_NUMBER: _ClassVar[int]
     bank: Bank
     seeds: int
     key: int
@@ -241,7 +244,10 @@ class Probe(_message.Message):
     vectors: bool
     embeddings: bool
     calibrate: bool
-    def __init__(self, bank: _Optional[_Union[Bank, str]] = ..., seeds: _Optional[int] = ..., key: _Optional[int] = ..., exponent: _Optional[int] = ..., shift: _Optional[int] = ..., perturbation: _Optional[int] = ..., state: _Optional[_Union[SeedState, _Mapping]] = ..., steps: _Optional[int] = ..., batch: _Optional[int] = ..., learning_rate: _Optional[float] = ..., sampling: _Optional[_Union[Sampling, str]] = ..., levels: _Optional[bytes] = ..., queries: _Optional[int] = ..., normalise: bool = ..., clip: _Optional[float] = ..., trainable: _Optional[_Iterable[str]] = ..., vectors: bool = ..., embeddings: bool = ..., calibrate: bool = ...) -> None: ...
+    groups: int
+    by_tensor: bool
+    earlier: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, bank: _Optional[_Union[Bank, str]] = ..., seeds: _Optional[int] = ..., key: _Optional[int] = ..., exponent: _Optional[int] = ..., shift: _Optional[int] = ..., perturbation: _Optional[int] = ..., state: _Optional[_Union[SeedState, _Mapping]] = ..., steps: _Optional[int] = ..., batch: _Optional[int] = ..., learning_rate: _Optional[float] = ..., sampling: _Optional[_Union[Sampling, str]] = ..., levels: _Optional[bytes] = ..., queries: _Optional[int] = ..., normalise: bool = ..., clip: _Optional[float] = ..., trainable: _Optional[_Iterable[str]] = ..., vectors: bool = ..., embeddings: bool = ..., calibrate: bool = ..., groups: _Optional[int] = ..., by_tensor: bool = ..., earlier: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Descend(_message.Message):
     __slots__ = ("probe", "steps", "batch", "learning_rate", "accumulation", "count", "bits", "largest_shift")
