@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import log2, prod
 
-from fedtune.messages import WireDtype
+from fedtune.messages import BankName, WireDtype
 from fedtune.pruning.depth import backward_blocks, module_ranks
 from fedtune.pruning.least_squares import TRAVELLING, moment_shapes
 from fedtune.pruning.ranking import PruningSettings, counts, unit_of
@@ -14,6 +14,9 @@ from fedtune.pruning.structure import Block, BlockLayout, Side
 
 BYTES: Mapping[WireDtype, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1 + 2 / 64, "int4": 0.5 + 2 / 64}
 """Of a number; codes with their share of a scale, and without what deflating them saves, a tenth at most."""
+
+MIXING, DRAWING = 8.0, 20.0
+"""Operations of a random sign with what rounds a weight, and of a normally distributed number (assumed)."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,47 @@ def forward_flops_per_token(body: Body, tokens: float, bank_rank: int = 0) -> fl
     both = sum(_side(out, size, layout) + _side(into, size, layout) for _, out, into in layout.sides.values())
     directions = 2.0 * bank_rank * both + 2.0 * bank_rank**2 * len(layout.sides)
     return 2.0 * (block_parameters(layout, size) + head) + attention + directions
+
+
+def descend_flops_per_token(body: Body, tokens: float, bank_rank: int = 0) -> float:
+    """Return the operations of one token of a step that descends: forward, and backward down to every slope.
+
+    With gradients of all weights 6 P_blocks + 6 P_head + 12 s sum n_l h. With the bank kron the weights are frozen, and
+    only the small products beside them have gradients: 4 P_blocks + 4 P_head + 6 p sum(|O| + |I|) + 6 p^2 for each
+    layer + 12 s sum n_l h; a classifier's head sees one row per example.
+
+    Args:
+        body: sizes of the base.
+        tokens: per example.
+        bank_rank: p of the bank kron; 0: the weights themselves are moved.
+    """
+    layout, size = body.layout, sizes(body.layout, None, 0.0)
+    head = 0.0 if body.classifies else float(layout.head)
+    attention = 12.0 * tokens * len(layout.blocks) * size.q * layout.blocks[0].head_dim
+    whole = block_parameters(layout, size) + head
+    if not bank_rank:
+        return 6.0 * whole + attention
+    both = sum(_side(out, size, layout) + _side(into, size, layout) for _, out, into in layout.sides.values())
+    return 4.0 * whole + attention + 6.0 * bank_rank * both + 6.0 * bank_rank**2 * len(layout.sides)
+
+
+def rebuild_flops(body: Body, bank: BankName, seeds: int) -> float:
+    """Return the operations of rebuilding all weights from their seeds once, or of projecting all gradients on them.
+
+    A fast transform for each K weights (hadamard), or K random numbers for each weight (gaussian); with kron nothing is
+    rebuilt.
+    """
+    per_weight = {"hadamard": log2(seeds) + MIXING, "gaussian": DRAWING * seeds, "kron": 0.0}
+    return per_weight[bank] * body.parameters
+
+
+def largest_tensor(body: Body) -> float:
+    """Return about the numbers of the largest tensor of a base: its output, its embeddings or a layer."""
+    layout = body.layout
+    rest = body.parameters - block_parameters(layout, sizes(layout, None, 0.0))
+    layers = [float(m * n) for m, n in body.modules.values()]
+    # What is neither block nor head are embeddings, which a head may share.
+    return max(float(layout.head), rest - layout.head, *layers)
 
 
 def factor_numbers(body: Body, size: Sizes, ranks: Mapping[str, float]) -> float:

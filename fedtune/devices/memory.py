@@ -96,8 +96,13 @@ class Footprint:
     """Numbers that the optimizer remembers of each trained one: 2 of AdamW, 1 of SGD with momentum, else 0."""
     forward_only: bool = False
     """No backward pass: losses are measured at several positions (FedKSeed)."""
+    descends: Literal["", "rewritten", "beside"] = ""
+    """With a backward pass and nothing trained but the numbers of seeds. rewritten: every tensor has a gradient, one at
+    a time; beside: only small products beside the frozen weights have."""
     moved: float = 0.0
-    """Numbers of the base that are copied in order to be moved; of `forward_only`."""
+    """Numbers of the base that are copied in order to be moved; of `forward_only` and `descends`."""
+    gradient: float = 0.0
+    """Numbers of the largest tensor that has a gradient; of `descends`."""
     device: Literal["cpu", "cuda"] = "cuda"
     """What the bytes are counted on."""
     heap: float | None = None
@@ -199,19 +204,27 @@ def rates(body: Body, settings: PruningSettings | None, work: Footprint) -> Rate
     """Return what memory follows from, apart from `rows`, `longest`, `mean` and `packed`."""
     size = sizes(body.layout, settings, work.ratio)
     trained = sum(rank * sum(module_sides(body, name, size)) for name, rank in work.ranks.items()) + body.saved
-    if work.forward_only:
+    if work.forward_only or work.descends:
         trained = 0
     stored, working = activations(body, size, work)
     return Rates(
         weights=weight_bytes(body, settings, size, work),
         frozen_change=change_bytes(body, size, work) if work.global_rank else 0.0,
         adapters=4 * trained * (2 + work.start_copy),
-        optimizer=4 * trained * (1 + work.moments),
+        optimizer=4 * trained * (1 + work.moments) + work.gradient * gradient_bytes(body),
         stored=stored.constant,
         stored_by_length=stored.by_length,
         working=working.constant,
         working_by_length=working.by_length,
     )
+
+
+def gradient_bytes(body: Body) -> float:
+    """Return the bytes of a number of a gradient that is projected: its own format's, and a copy in float32 beside it.
+
+    Where that is float32 already, none is made.
+    """
+    return body.layout.number_bytes + (4 if body.layout.number_bytes < 4 else 0)
 
 
 def weight_bytes(body: Body, settings: PruningSettings | None, size: Sizes, work: Footprint) -> float:
@@ -327,7 +340,15 @@ def input_bytes(body: Body, size: Sizes, work: Footprint, modules: Sequence[str]
         into = module_sides(body, name, size)[1]
         block = layout.sides[name][0] if name in layout.sides else None
         leaf = name if block is None else name.removeprefix(f"{layout.blocks[block].prefix}.")
-        if work.dropout:
+        if work.descends == "beside":
+            continue  # the first factor is drawn and never trained: its input is not read again
+        if work.descends:
+            # The layer reads its own input again, in its own format, for the gradient of its weight.
+            source = ONE_INPUT.get(leaf, leaf)
+            if source not in inputs and (leaf not in FREE_INPUT or work.eager):
+                inputs.add(source)
+                total += into * (2 if layout.number_bytes == 2 or work.half else 4)
+        elif work.dropout:
             total += into * (6 if work.half else 8)  # what is left of it, and the mask as numbers
         elif work.half:
             total += 2 * into  # autocast makes a copy for each

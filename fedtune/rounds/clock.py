@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedtune.messages import Measured, Plan, Traffic
+from fedtune.messages import Measured, Plan, Traffic, Verb
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class CompletedWork:
     came before the run was resumed."""
     down_rank: int | None = None
     """Largest rank that it was sent, where the planner chose one."""
+    verb: Verb | None = None
+    """What it did, where clients of one method may differ in it; the plan's training is that of it."""
 
 
 class Clock(Protocol):

@@ -12,12 +12,14 @@ from fedtune.messages import (
     AdmittedUpdate,
     Assignment,
     Blueprint,
+    DescendResult,
     Failure,
     Outcome,
     PlannedClient,
     ProbeResult,
     Traffic,
     TrainLora,
+    Verb,
     Weight,
 )
 from fedtune.rounds.admission import admit, largest_update, refuse_other_codes, scalar_bytes_of
@@ -246,19 +248,26 @@ def encoded_bytes(encoded: EncodedAssignment) -> int:
     return len(encoded.header) + sum(len(body) for body in encoded.blobs.values())
 
 
+def completed_work(
+    planned: PlannedClient, update: AdmittedUpdate, traffic: Traffic, arrived_s: float | None
+) -> CompletedWork:
+    """Return what a client did, as a clock reads it: of one that probed in place of descending, its probing."""
+    plan, result = planned.plan, update.update.result
+    verb: Verb | None = (
+        "descend" if isinstance(result, DescendResult) else "probe" if isinstance(result, ProbeResult) else None
+    )
+    if verb == "probe" and planned.probing is not None:
+        plan = replace(plan, training=planned.probing)
+    return CompletedWork(plan, update.measured, traffic, arrived_s, planned.down_rank, verb)
+
+
 def apply_clock(
     context: RoundContext, clock: Clock, request: RoundRequest, replies: RoundReplies, now_s: float
 ) -> tuple[RoundReplies, Mapping[str, ClientTime]]:
     """Return the replies, those past their deadline by the clock as late failures, and how long each client took."""
     updates = {name: update for name, update in replies.outcomes.items() if isinstance(update, AdmittedUpdate)}
     work = {
-        name: CompletedWork(
-            request.planned[name].plan,
-            update.measured,
-            replies.traffic[name],
-            replies.arrived.get(name),
-            request.planned[name].down_rank,
-        )
+        name: completed_work(request.planned[name], update, replies.traffic[name], replies.arrived.get(name))
         for name, update in updates.items()
     }
     late = {

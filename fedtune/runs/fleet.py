@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from math import ceil, floor, isqrt, log2
+from math import ceil, floor, log2
 from typing import Any
 
 from fedtune.config import Recipe, planned_training
-from fedtune.config.recipe import method_of, planner_type_of, requested_arm, requested_ratio
+from fedtune.config.recipe import method_of, planner_type_of, requested_arm, requested_ratio, verb_request
 from fedtune.devices.cost import (
     PROXIES,
     Body,
     Trained,
     Work,
     flops_per_token,
-    forward_flops_per_token,
     round_bytes,
     round_flops,
     sizes,
@@ -28,20 +27,21 @@ from fedtune.devices.memory import Footprint, Memory, Rates, memory, memory_at, 
 from fedtune.devices.profiles import FLEETS, PROFILES, DeviceProfile, Provenance, check
 from fedtune.devices.simulated_clock import PASSES, Load, SimulatedClock
 from fedtune.errors import ConfigError, Fault, RoundError, ShapeError
-from fedtune.messages import BaseDtype, Blueprint, Client, Failure, Plan, PlannedClient, ProbeSeeds, Training
+from fedtune.messages import BaseDtype, Blueprint, Client, Failure, Plan, PlannedClient, ProbeSeeds, Training, Verb
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.model.settings import quantised_format
 from fedtune.planning.adaptive import MEMORY_SHARE, arm_text, with_share
 from fedtune.planning.arms import AdaptiveSettings, ranks_of
 from fedtune.planning.fedpipe import FedPipeSettings
 from fedtune.planning.fixed import FixedSettings
-from fedtune.planning.planner import ClientObservation, Cost, Planner, PlannerInputs, Speed
+from fedtune.planning.planner import ClientObservation, Cost, Planner, PlannerInputs, Speed, optimizer_steps
 from fedtune.planning.policy import Arm, Candidate
 from fedtune.planning.two_adapters import TwoAdapters
 from fedtune.pruning.depth import backward_blocks, module_ranks
 from fedtune.pruning.structure import FAMILIES
 from fedtune.rounds.clock import Clock, CompletedWork
 from fedtune.rounds.probe import Prober
+from fedtune.runs.seed_costs import seed_footprint, seed_load
 
 SLOWER: Mapping[BaseDtype, float] = {"": 1.0, "int8": 1.07, "nf4": 1.39}
 """Times as long as over float32 weights that a step takes: measured on a CPU, and assumed of other devices."""
@@ -167,9 +167,9 @@ class Fleet:
             memory_gb=self.memory(client, arm, training).total / 1e9,
         )
 
-    def memory(self, client: str, arm: Arm, training: Training) -> Memory:
+    def memory(self, client: str, arm: Arm, training: Training, verb: Verb | None = None) -> Memory:
         """Return the memory that an arm needs at a client's peak, by part."""
-        return memory(self.charged, self.recipe.pruning, self.footprint(client, arm, training))
+        return memory(self.charged, self.recipe.pruning, self.footprint(client, arm, training, verb))
 
     def planned_costs(self, planned: PlannedClient) -> Mapping[str, float]:
         """Return what the cost model expects of a plan: `planned_s` of a simulated device, else `planned_bytes`."""
@@ -206,15 +206,14 @@ class Fleet:
             trained=self.training_of(arm),
         )
 
-    def footprint(self, client: str, arm: Arm, training: Training) -> Footprint:
-        """Return what the memory of a client's work depends on."""
+    def footprint(self, client: str, arm: Arm, training: Training, verb: Verb | None = None) -> Footprint:
+        """Return what the memory of a client's work depends on; along seeds it probes, unless `verb` says otherwise."""
         body, length, method = self.charged, self.lengths(client), method_of(self.recipe)
         names = sorted(body.modules)
         ranks = module_ranks(names, body.layout, arm.rank, arm.top) or [arm.rank] * len(names)
         simulated = client in self.profiles
         settings = self.recipe.method
-        copied = isinstance(settings, FedKSeedSettings) and not moves_beside(settings)
-        return Footprint(
+        usual = Footprint(
             ranks={name: rank for name, rank in zip(names, ranks, strict=True) if rank > 0},
             rows=training.batch,
             longest=length.longest,
@@ -232,10 +231,12 @@ class Fleet:
             start_copy=training.proximal > 0,
             moments=2 if training.optimizer == "adamw" else int(training.momentum > 0),
             forward_only=method.task is ProbeSeeds,
-            moved=body.parameters if copied else 0.0,
             device="cuda" if simulated else "cpu",
             heap=None if simulated else self.heap,
             runtime=None if simulated else self.runtime,
+        )
+        return (
+            seed_footprint(usual, body, settings, verb or "probe") if isinstance(settings, FedKSeedSettings) else usual
         )
 
     def cost_by_format(self, client: str, arm: Arm, training: Training, base_dtype: BaseDtype) -> Cost:
@@ -284,7 +285,7 @@ class Fleet:
     def load(self, done: CompletedWork) -> Load:
         """Return the load of a finished round on a client's device, from the tokens and bytes that were counted."""
         if isinstance(self.recipe.method, FedKSeedSettings):
-            return self.probe_load(done, self.recipe.method)
+            return seed_load(done, self.charged, self.recipe.method, self.lengths(done.plan.client).mean)
         plan, measured, pruning = done.plan, done.measured, self.recipe.pruning
         work, trained = self.work(plan.client, plan.training, plan.rank, done.down_rank), self.trained_by(plan)
         size = sizes(self.charged.layout, pruning, plan.ratio)
@@ -300,20 +301,6 @@ class Fleet:
             gigabytes=self.gigabytes(plan.client, Arm(plan.ratio, plan.rank), plan.training, trained),
             bytes_down=done.traffic.down * factor,
             bytes_up=done.traffic.up * factor,
-        )
-
-    def probe_load(self, done: CompletedWork, settings: FedKSeedSettings) -> Load:
-        """Return the load of forward passes alone, whose bytes are those of seeds and scalars whatever the base is."""
-        client, training = done.plan.client, done.plan.training
-        length, tokens = self.lengths(client), done.measured.tokens
-        # A pass reads the weights once. Their number follows from the tokens: it depends on the estimator.
-        passes = tokens / (training.batch * length.mean)
-        flops = forward_flops_per_token(self.charged, length.mean, isqrt(settings.seeds))
-        return Load(
-            tflop=flops * tokens / 1e12,
-            gigabytes=passes * self.charged.parameters * self.charged.layout.number_bytes / 1e9,
-            bytes_down=done.traffic.down,
-            bytes_up=done.traffic.up,
         )
 
     def megabytes(self, seen: ClientObservation) -> float:
@@ -332,6 +319,37 @@ class Fleet:
             for body in (self.proxy, self.body)
         ]
         return both[0] / both[1]
+
+    def verb(self, client: str, examples: int, has_gb: float | None) -> tuple[Verb | None, Training]:
+        """Return what a client does, and how it trains, with steps: with `auto` as the memory of its device allows.
+
+        Args:
+            client: its name.
+            examples: that it holds.
+            has_gb: of its device; None: not known, and taken to be enough.
+        """
+        asked = verb_request(self.recipe, client)
+        _, training = planned_training(self.recipe, client)
+        training = replace(training, steps=optimizer_steps(training, examples), epochs=None)
+        if asked.verb != "auto":
+            return asked.verb, training
+        need = self.memory(client, Arm(0.0, 1), training, "descend").total
+        if has_gb is None or need <= has_gb * 1e9 or asked.probing is None:
+            return "descend", training
+        return "probe", replace(asked.probing, steps=optimizer_steps(asked.probing, examples), epochs=None)
+
+    def misfit_descending(self, client: Client, training: Training) -> str:
+        """Return why descending does not fit a client's memory; empty where it does, or that is not known."""
+        has = self.memory_gb(client)
+        if has is None or self.body is None:
+            return ""
+        need = self.memory(client.name, Arm(0.0, 1), training, "descend").total / 1e9
+        if need <= has:
+            return ""
+        return (
+            f"expected {need:.3g} GB of memory to descend; has {has:.3g} GB; "
+            "lower descend.batch, or let it probe with verb = 'auto'"
+        )
 
     def misfit(self, client: Client, arm: Arm, training: Training) -> str:
         """Return why an arm does not fit a client's memory; empty where it does, or that is not known."""
@@ -387,6 +405,8 @@ class Fleet:
             costs_by_format=None if self.body is None else self.cost_by_format,
             kind=self.kind,
             memory_gb=self.memory_gb,
+            verb=partial(verb_request, recipe),
+            misfit_descending=self.misfit_descending,
         )
         planner = planner_type_of(recipe).create(recipe.planner, inputs)
         if recipe.pruning is not None and recipe.pruning.adapters == "two":
@@ -515,11 +535,6 @@ class RankChecked:
 
     def observe(self, learned: Any, seen: Sequence[ClientObservation]) -> Any:
         return self.planner.observe(learned, seen)
-
-
-def moves_beside(settings: FedKSeedSettings) -> bool:
-    """Return whether probes read small products beside the base's weights, and no copy of these is moved."""
-    return settings.bank == "kron"
 
 
 def asks_for_top(recipe: Recipe) -> str:

@@ -50,11 +50,6 @@ ADAPTIVE = ["planner=deadline", "pruning={target = 0.5}"]
         (["planner=oracle"], "planner", "another, without fleet.by = 'round'"),
         (["fleet={name='orin8', late='drop'}"], "fleet.late", "'wait' with the planner 'fixed'"),
         (['device=[{clients = "a", memory_gb = 4.0}]'], "device", "no tables without [fleet]; got 1"),
-        (
-            ["method=fedkseed", "fleet=orin8", "adapter={rank = 1, targets = ['all-linear']}"],
-            "fleet",
-            "no table with 'fedkseed', but with bank = 'kron'; got 'orin8'",
-        ),
     ],
 )
 def test_a_fault_between_tables_is_named_by_its_key(

@@ -12,11 +12,18 @@ from fedtune.messages import (
     AdmittedUpdate,
     Assignment,
     ClientUpdate,
+    DescendResult,
     Failure,
     Measured,
+    Plan,
+    PlannedClient,
+    ProbeResult,
+    Traffic,
+    Training,
 )
 from fedtune.probing.replica import Replicas
 from fedtune.rounds.events import Note, RoundStarted
+from fedtune.rounds.exchange import completed_work
 from fedtune.rounds.transport import Answer, Reply, Rule, UnsolicitedReply
 from fedtune.wire.codec import EncodedAssignment
 from tests.rounds.scripted import (
@@ -317,3 +324,16 @@ def test_a_change_beyond_the_reach_of_its_plan_is_refused_even_where_nobody_else
         rounds({"ann": answer()}, training=training)
     large = rounds({"ann": answer()}, training=training, norm_cap=None)[0]
     assert isinstance(large.outcomes["ann"], AdmittedUpdate)
+
+
+def test_who_probed_in_place_of_descending_is_timed_by_its_probing() -> None:
+    descent, probing = Training(learning_rate=0.02, steps=8), Training(learning_rate=2e-4, steps=3)
+    planned = PlannedClient(Plan("ann", 1, 1.0, descent), verb="auto", probing=probing)
+    numbers = np.zeros(4, np.int8)
+    for result, verb, training in (
+        (ProbeResult(numbers), "probe", probing),
+        (DescendResult(numbers, 0, 8), "descend", descent),
+    ):
+        update = AdmittedUpdate(ClientUpdate("ann", 1, 5, result))
+        done = completed_work(planned, update, Traffic(1, 2), None)
+        assert (done.verb, done.plan.training) == (verb, training)
