@@ -513,6 +513,8 @@ class Blueprint:
     """`heads` and `channels`: importance of each, where the recipe names a ranking; empty where clients measure it."""
     moments: Tensors = field(default_factory=dict)
     """By which pruned models are repaired, where the recipe names a ranking; empty where clients measure them."""
+    verbs: tuple[Verb, ...] = ()
+    """What clients may be asked to do, sorted, where the method leaves that open; empty: what it does by itself."""
 
 
 def cohort_weights(updates: Sequence[AdmittedUpdate], weights: Weighting) -> Sequence[tuple[AdmittedUpdate, float]]:

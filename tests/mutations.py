@@ -89,7 +89,7 @@ FAULTS = (
           "the floor of the coverage is ignored"),
     Fault("methods/fedkseed.py", "max(1, round(MAX_WEIGHT * count / most))", "max(1, MAX_WEIGHT)",
           "FedKSeed weighs clients alike"),
-    Fault("methods/fedkseed.py", "if update.probe.state != state.digest[:STATE]:", "if False:",
+    Fault("methods/fedkseed.py", "if update.seeds.state != state.digest[:STATE]:", "if False:",
           "work on another state is taken"),
     Fault("methods/fedkseed_state.py", "return self.settings.fraction_bits + self.coarseness",
           "return self.settings.fraction_bits", "a coarser scalar moves the sums no further",

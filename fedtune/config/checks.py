@@ -19,6 +19,7 @@ from fedtune.config.planner_checks import (
 from fedtune.config.recipe import Recipe, method_type_of, requested_verbs
 from fedtune.config.tables import apply_rule
 from fedtune.config.verb_checks import (
+    accumulator_faults,
     client_steps_faults,
     descend_table_faults,
     override_verb_faults,
@@ -429,6 +430,7 @@ RULES: Sequence[Rule] = (
     descend_table_faults,
     client_steps_faults,
     scalar_bits_faults,
+    accumulator_faults,
     method_faults,
     pruning_faults,
     server_optimizer_faults,

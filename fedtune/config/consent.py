@@ -20,7 +20,10 @@ from fedtune.config.recipe import (
     method_type_of,
     planned_training,
     planner_type_of,
+    possible_verbs,
+    probing_training,
     requested_arm,
+    verb_request,
 )
 from fedtune.errors import FedtuneError, ShapeError
 from fedtune.messages import (
@@ -31,6 +34,7 @@ from fedtune.messages import (
     ProbeSeeds,
     ScoreRequest,
     TailRank,
+    Task,
     Training,
     TrainLora,
 )
@@ -102,9 +106,14 @@ def with_target(choices: PlanChoices, pruning: PruningSettings | None) -> PlanCh
     return replace(choices, ratios=(*choices.ratios, pruning.target))
 
 
-def permission(recipe: Recipe, client: str, num_examples: int) -> Permitted:
-    """Return what a recipe permits to be asked of a client that holds so many training examples."""
+def permission(recipe: Recipe, client: str, num_examples: int, task: type[Task] | None = None) -> Permitted:
+    """Return what a recipe permits to be asked of a client that holds so many training examples.
+
+    Where the client may be asked to descend or to probe, the training is that of the task; None: as its plan says.
+    """
     rank, training = planned_training(recipe, client)
+    if task is ProbeSeeds:
+        training = probing_training(recipe, client) or training
     kind, arm = planner_type_of(recipe), requested_arm(recipe, client)
     choices = kind.choices(recipe.planner, rank, arm.ratio)
     # What the recipe itself asks of the client, by `planner` or an override.
@@ -130,7 +139,7 @@ def order_differences(recipe: Recipe, profile: ClientProfile, order: Assignment)
         profile: of the site, as it says hello.
         order: its tensors may be outlines.
     """
-    allowed = permission(recipe, profile.client, profile.num_examples)
+    allowed = permission(recipe, profile.client, profile.num_examples, type(order.task))
     if not 1 <= order.round <= allowed.rounds:
         return [Difference("round", f"1 to {allowed.rounds}", order.round)]
     try:
@@ -161,13 +170,35 @@ def permitted_order(recipe: Recipe, allowed: Permitted, profile: ClientProfile, 
         seed=recipe.seed,
         anatomy=BlockLayout("llama", (), size) if recipe.pruning else None,
         pruning=recipe.pruning,
+        verbs=possible_verbs(recipe),
     )
+    if method.task is ProbeSeeds:
+        # How many numbers there are follows from the tensors that are moved.
+        model = profile.foundation
+        blueprint = replace(blueprint, modules=model.modules, saved=model.saved, manifest=model.manifest)
     state = replace(method.init(blueprint, recipe.method), round=order.round - 1)
-    planned = PlannedClient(permitted_plan(recipe, allowed, profile.client, order))
-    assignment = method.assign(state, recipe.seed, planned)
+    planned = with_permitted_verb(recipe, PlannedClient(permitted_plan(recipe, allowed, profile.client, order)), order)
+    assignment = method.assign(state, recipe.seed, with_probing_steps(planned, profile.num_examples, recipe, order))
     assignment = replace(assignment, base=recipe.model.digest or profile.foundation.base)
     # Through the codec, as the order came: not all of a setting travels, and some of it rounded.
     return decode_outline(encode_assignment(assignment).header)
+
+
+def with_permitted_verb(recipe: Recipe, planned: PlannedClient, order: Assignment) -> PlannedClient:
+    """Return a planned client with what it may be asked to do: with `auto` also to probe alone."""
+    request = verb_request(recipe, planned.plan.client)
+    # A client whose memory does not allow more is planned to probe before it is asked.
+    verb = "probe" if request.verb == "auto" and isinstance(order.task, ProbeSeeds) else request.verb
+    return replace(planned, verb=verb, probing=request.probing)
+
+
+def with_probing_steps(planned: PlannedClient, num_examples: int, recipe: Recipe, order: Assignment) -> PlannedClient:
+    """Return a planned client with the steps, and the rate of its round, by which it would probe."""
+    if planned.probing is None:
+        return planned
+    steps = optimizer_steps(planned.probing, num_examples)
+    probing = scheduled_training(replace(planned.probing, steps=steps, epochs=None), recipe.rounds, order)
+    return replace(planned, probing=probing)
 
 
 def permitted_plan(recipe: Recipe, allowed: Permitted, client: str, order: Assignment) -> Plan:

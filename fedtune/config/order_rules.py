@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeAlias
 
 from fedtune.config.recipe import Recipe, method_of
 from fedtune.errors import ShapeError, expected_and_got
-from fedtune.messages import Assignment, ProbeSeeds, ScoreRequest, TailRank, TrainLora
+from fedtune.messages import Assignment, DescendSeeds, ProbeSeeds, ScoreRequest, TailRank, TrainLora
 from fedtune.number_formats import CODES, FORMATS, SCALE_DTYPE, SCALES, scales_shape
 from fedtune.planning.planner import PlanChoices
 from fedtune.pruning.depth import module_ranks
@@ -263,7 +263,14 @@ def levels(one: Comparison) -> str:
     return "" if len(one.order.probe.levels) in (0, one.expected.probe.seeds) else "a byte for each seed"
 
 
+def largest_shift(one: Comparison) -> str:
+    # What the sums have room for, which only the server's state says; a smaller one bounds the site's own steps.
+    return ""
+
+
 def calibrate(one: Comparison) -> str:
+    if isinstance(one.order.task, DescendSeeds):
+        return "false, of a client that descends" if one.order.probe.calibrate else ""
     return "" if one.expected.probe.calibrate or not one.order.probe.calibrate else "false, by method.scalar_step"
 
 
@@ -385,6 +392,7 @@ FREE: Mapping[str, Rule] = {
     "ProbeSeeds.state": seed_state,
     "ProbeSeeds.levels": levels,
     "ProbeSeeds.calibrate": calibrate,
+    "DescendSeeds.largest_shift": largest_shift,
     "ScoreRequest.blobs": score_blobs,
     "ScoreRequest.ledger": ledger,
     "ScoreRequest.trainable": ordinals,

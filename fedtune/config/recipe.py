@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 from fedtune.config.plugins import find_method, find_planner
 from fedtune.data.settings import DataSettings
 from fedtune.errors import ConfigError, Fault
-from fedtune.messages import OMIT_DEFAULT, ProbeSeeds, Training, VerbChoice
+from fedtune.messages import OMIT_DEFAULT, ProbeSeeds, Training, Verb, VerbChoice
 from fedtune.methods import with_settings
 from fedtune.methods.method import Method
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
@@ -236,6 +236,13 @@ def requested_verbs(recipe: Recipe) -> set[VerbChoice]:
         if override.verb is not None:
             verbs = {override.verb} if "*" in override.clients else verbs | {override.verb}
     return verbs
+
+
+def possible_verbs(recipe: Recipe) -> tuple[Verb, ...]:
+    """Return what clients may do in the end, sorted: with `auto` either."""
+    asked = requested_verbs(recipe)
+    either: set[Verb] = {"probe", "descend"} if "auto" in asked else set()
+    return tuple(sorted(either.union(verb for verb in asked if verb != "auto")))
 
 
 def usual_verb(recipe: Recipe) -> VerbChoice:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedtune.config.error_text import display, join_words, quote
 from fedtune.config.recipe import Recipe, method_type_of, requested_verbs
+from fedtune.directions.space import MAX_ACCUMULATORS, MAX_BANKS
 from fedtune.errors import Fault
 from fedtune.messages import VERBS, ProbeSeeds, Training
 from fedtune.planning.verbs import DESCENDING
@@ -71,3 +72,19 @@ def scalar_bits_faults(recipe: Recipe) -> Iterator[Fault]:
     if bits != 8 and not requested_verbs(recipe) & {*DESCENDING}:
         hint = "a probing client's scalars are always bytes; leave it out, or set method.verb = 'descend'"
         yield Fault("method.scalar_bits", "8 where no client descends", str(bits), hint)
+
+
+def accumulator_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yield more banks or numbers than a run can hold by its last round."""
+    settings = recipe.method
+    redraw, groups, count = getattr(settings, "redraw", 0), getattr(settings, "groups", 1), recipe.rounds.count
+    banks = 1 + (count // redraw if redraw else 0)
+    if banks > MAX_BANKS:
+        hint = f"at least {-(-count // (MAX_BANKS - 1))}, or fewer rounds"
+        yield Fault("method.redraw", f"at most {MAX_BANKS} banks in {count} rounds", f"{banks}", hint)
+        return
+    # How many tensors there are only the base says.
+    numbers = banks * getattr(settings, "seeds", 1) * (groups if isinstance(groups, int) else 1)
+    if numbers > MAX_ACCUMULATORS:
+        expected = f"at most {MAX_ACCUMULATORS} numbers: method.seeds x method.groups x {banks} banks"
+        yield Fault("method.groups", expected, f"{numbers}", "take fewer seeds or groups, or redraw less often")

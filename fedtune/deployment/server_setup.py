@@ -8,7 +8,7 @@ from datetime import date
 from functools import partial
 
 from fedtune.config import Recipe, bind_for_sites
-from fedtune.config.recipe import largest_rank, method_of
+from fedtune.config.recipe import largest_rank, method_of, possible_verbs
 from fedtune.devices.measured_clock import MeasuredClock
 from fedtune.errors import ConfigError, Fault
 from fedtune.flower.grid_transport import GridTransport
@@ -77,6 +77,7 @@ def server_context(
         manifest=common.manifest if method_of(recipe).task is ProbeSeeds else b"",
         anatomy=common.anatomy,
         pruning=recipe.pruning,
+        verbs=possible_verbs(recipe),
     )
     if recipe.pruning is not None and common.anatomy is None:
         raise ConfigError(

@@ -3,21 +3,24 @@
 The model after any history is w0 - 2^-e sum_k A_k z_k with K integers A_k and directions z_k from a counter, so the
 server holds integers and no model. Where the published code adds floats in the order of arrival, here a cohort's
 scalars are averaged as whole numbers; where it draws with the device's own generator, every device gets the same bits.
+
+A client may also descend: it follows the slopes along all directions by first-order steps, as Ferret does (Shu et al.,
+ICML 2025, 2409.06277) but inside the K numbers, and sends what each has moved by. Both kinds add to one exact sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import inf
-from statistics import median
+from itertools import chain
+from math import inf, sqrt
+from statistics import median, median_low
 from typing import Any
 
 import numpy as np
 
 from fedtune.directions import downlink, sampling
-from fedtune.directions.bank import BANKS, headroom
-from fedtune.directions.blocks import absolute_sum
+from fedtune.directions.bank import BANKS
 from fedtune.directions.consistency import STATE, first_wrong
 from fedtune.directions.downlink import (
     MAX_LOG,
@@ -31,12 +34,25 @@ from fedtune.directions.downlink import (
     weighted_sum,
 )
 from fedtune.directions.seed_ledger import Manifest, decode_manifest
+from fedtune.directions.space import plain_banks
 from fedtune.directions.trainable import TensorSelection, trainable_ordinals
-from fedtune.errors import RoundError
 from fedtune.lora.adapter import Adapter
-from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, Plan, PlannedClient, ProbeSeeds, SeedState
-from fedtune.methods.fedkseed_state import FedKSeedSettings, FedKSeedState, faults, units
+from fedtune.messages import (
+    AdmittedUpdate,
+    Assignment,
+    Blueprint,
+    DescendResult,
+    DescendSeeds,
+    Plan,
+    PlannedClient,
+    ProbeResult,
+    ProbeSeeds,
+    SeedState,
+    SeedTask,
+)
+from fedtune.methods.fedkseed_state import DESCENDING, FedKSeedSettings, FedKSeedState, faults, units
 from fedtune.methods.method import Method, SeedModel
+from fedtune.methods.seed_room import check_headroom, fewest_rounds_left, largest_shift
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
 
@@ -59,24 +75,29 @@ def init(blueprint: Blueprint, settings: FedKSeedSettings) -> FedKSeedState:
     ordinals = trainable_ordinals(listed, reach(settings), layers) if listed.entries else ()
     # Refuses a K that the bank does not have.
     BANKS[settings.bank](settings.seeds, 0)
-    zeros, (exponent, coarseness) = np.zeros(settings.seeds, np.int64), units(settings, settings.scalar_step)
-    return FedKSeedState(
+    zeros, verbs = np.zeros(settings.seeds, np.int64), blueprint.verbs
+    descends, probes = "descend" in verbs, not verbs or "probe" in verbs
+    exponent, coarseness = units(settings, settings.scalar_step, descends=descends)
+    state = FedKSeedState(
         settings=settings,
         manifest=listed,
         round=0,
         seed=blueprint.seed,
         base=listed.digest.hex(),
         trainable=list(ordinals),
-        exponent=exponent,
-        calibrated=settings.scalar_step != "auto",
-        coarseness=coarseness,
+    XX
+        exponent=exponent if probes else DESCENDING.start,
+        calibrated=settings.scalar_step != "auto" or not probes,
+        coarseness=coarseness if probes else 0,
         longest=0,
         accumulators={"a": zeros.astype(np.int32)},
         drawn={"sizes": zeros, "visits": zeros} if settings.sampling == "pro" else {},
         acknowledged={},
         past={},
         log={},
+        verbs=verbs,
     )
+    return replace(state, accumulators={"a": np.zeros(state.bank.size, np.int32)})
 
 
 def reach(settings: FedKSeedSettings) -> TensorSelection:
@@ -84,20 +105,19 @@ def reach(settings: FedKSeedSettings) -> TensorSelection:
 
 
 def assign(state: FedKSeedState, seed: int, planned: PlannedClient) -> Assignment:
-    """Send the accumulators in the shortest form that the client can read, and how to measure.
+    """Send the accumulators in the shortest form that the client can read, and how to measure or to descend.
 
     Raises:
         RoundError: if the sums could leave 32 bits in this round.
     """
-    check_headroom(state, planned.plan)
-    return assignment_with(state, seed, planned.plan, form_for(state, planned.plan.client))
+    return assignment_with(state, seed, planned, form_for(state, planned.plan.client))
 
 
 def assign_whole(state: FedKSeedState, seed: int, planned: PlannedClient) -> Assignment | None:
     """Send the accumulators in a form that needs no earlier state; None where `assign` has done so already."""
     if form_for(state, planned.plan.client).since == 0:
         return None
-    return assignment_with(state, seed, planned.plan, state.forms[0])
+    return assignment_with(state, seed, planned, state.forms[0])
 
 
 def form_for(state: FedKSeedState, client: str) -> SeedState:
@@ -106,54 +126,65 @@ def form_for(state: FedKSeedState, client: str) -> SeedState:
     return state.forms[since if str(since) in state.past else 0]
 
 
-def assignment_with(state: FedKSeedState, seed: int, plan: Plan, form: SeedState) -> Assignment:
-    settings, one_sided = state.settings, state.settings.estimator == "one-sided"
+def assignment_with(state: FedKSeedState, seed: int, planned: PlannedClient, form: SeedState) -> Assignment:
+    plan, task = task_of(state, planned, probe_with(state, form))
     return Assignment(
         method="fedkseed",
         round=state.round + 1,
         seed=derive(seed, "client", state.round + 1, plan.client),
         plan=plan,
-        task=ProbeSeeds(
-            bank=settings.bank,
-            seeds=settings.seeds,
-            key=state.bank.key,
-            exponent=state.exponent,
-            shift=state.shift,
-            perturbation=state.perturbation,
-            state=form,
-            sampling=settings.sampling,
-            levels=state.levels,
-            estimator=settings.estimator,
-            queries=settings.queries if one_sided else 1,
-            normalise=settings.normalise and one_sided,
-            # On the wire 0 asks for the running quantile, and infinity for no bound.
-            clip={"quantile": 0.0, "none": inf}.get(settings.clip, settings.clip),  # type: ignore[arg-type]
-            trainable=settings.trainable,
-            vectors=settings.vectors,
-            embeddings=settings.embeddings,
-            calibrate=not state.calibrated,
-        ),
+        task=task,
     )
 
 
-def check_headroom(state: FedKSeedState, plan: Plan) -> None:
-    """Raise RoundError before a round in which a client's sums could leave 32 bits."""
-    assert plan.training.steps is not None  # the planner resolves epochs
-    left = rounds_left(state, plan.training.steps)
-    if left < 1:
-        raise RoundError(
-            f"round {state.round + 1}: expected room for {plan.training.steps} more scalars in sums of 32 bits; got "
-            f"sum |A| = {absolute_sum(state.sums)} with e = {state.exponent}; export the model and start a new run "
-            "from it, or start again with a larger method.scalar_step",
-            final=True,
-        )
+def task_of(state: FedKSeedState, planned: PlannedClient, probe: ProbeSeeds) -> tuple[Plan, SeedTask]:
+    """Return what a client is asked, and by which plan, after a check that the sums have room for every answer."""
+    plan, probing = planned.plan, planned.probing
+    measured = replace(plan, training=probing) if probing else plan
+    descends = planned.verb in ("descend", "auto")
+    # All measure in the first round where it settles the unit: as many as there are give the best median.
+    if not descends or not (state.calibrated or state.round):
+        check_headroom(state, measured)
+        return measured, probe
+    bank, settings = state.bank, state.settings
+    task = DescendSeeds(
+        probe=probe,
+        count=bank.newest.stop - bank.newest.start,
+        largest_shift=largest_shift(state, plan.training),
+        bits=settings.scalar_bits,
+        fallback=probing if planned.verb == "auto" else None,
+    )
+    if task.fallback is not None:
+        check_headroom(state, measured)
+    return plan, task
 
 
-def rounds_left(state: FedKSeedState, steps: int) -> int:
-    """Return how many rounds of so many scalars, each at its bound on one side, still fit into 32 bits."""
-    # Every scalar at its bound and on one side, and half a unit of rounding for each seed.
-    growth = (MAX_SCALAR * steps << state.shift) + state.settings.seeds // 2
-    return headroom(state.bank, state.sums, amount=state.perturbation) // growth
+def probe_with(state: FedKSeedState, form: SeedState) -> ProbeSeeds:
+    """Return the task to measure from a state in this form."""
+    settings, one_sided = state.settings, state.settings.estimator == "one-sided"
+    keys = [bank.key for bank in plain_banks(state.bank)]
+    return ProbeSeeds(
+        bank=settings.bank,
+        seeds=settings.seeds,
+        key=keys[-1],
+        exponent=state.exponent,
+        shift=state.shift,
+        perturbation=state.perturbation,
+        state=form,
+        sampling=settings.sampling,
+        levels=state.levels,
+        estimator=settings.estimator,
+        queries=settings.queries if one_sided else 1,
+        normalise=settings.normalise and one_sided,
+        # On the wire 0 asks for the running quantile, and infinity for no bound.
+        clip={"quantile": 0.0, "none": inf}.get(settings.clip, settings.clip),  # type: ignore[arg-type]
+        trainable=settings.trainable,
+        vectors=settings.vectors,
+        embeddings=settings.embeddings,
+        calibrate=not state.calibrated,
+        groups=settings.groups,
+        earlier=tuple(keys[:-1]),
+    )
 
 
 def refuse(state: FedKSeedState, update: AdmittedUpdate) -> str:
@@ -161,54 +192,101 @@ def refuse(state: FedKSeedState, update: AdmittedUpdate) -> str:
 
     Names the first block of displacements that the client has otherwise than the server.
     """
-    if update.probe.state != state.digest[:STATE]:
+    if update.seeds.state != state.digest[:STATE]:
         return (
-            f"expected work on the state {state.digest[:STATE].hex()}; got {update.probe.state.hex()}: another base, "
+            f"expected work on the state {state.digest[:STATE].hex()}; got {update.seeds.state.hex()}: another base, "
             "bank, round or history"
         )
-    wrong = first_wrong(state.checks, update.probe.checks, state.digest, state.manifest, state.trainable)
+    wrong = first_wrong(state.checks, update.seeds.checks, state.digest, state.manifest, state.trainable)
     if wrong is None:
         return ""
     return f"expected the displacements of {wrong[0]}, block {wrong[1]}, as the server makes them; got others"
 
 
 def aggregate(state: FedKSeedState, updates: Sequence[AdmittedUpdate]) -> FedKSeedState:
-    """Return the state after one round: A_k += RNE(2^shift * sum_i w_i a_ik / sum_i w_i), in whole numbers."""
+    """Return the state after one round: A += RNE(sum_i w_i x_i / sum_i w_i), in whole numbers.
+
+    x_i is what client i alone would add to the accumulators of the newest bank, whether it has probed or descended.
+    """
     cohort = sorted(updates, key=lambda update: update.client)
     # A round that measures the step moves nothing: its scalars are in no unit yet.
     if not state.calibrated:
         return with_history(state, cohort, calibrate(state, [update.probe.rms for update in cohort]))
+    weighted = integer_weights(state, cohort)
     logged = [
         LoggedUpdate(sample_key(state, update.client), weight, update.probe.scalars)
-        for update, weight in integer_weights(state, cohort)
+        for update, weight in weighted
+        if isinstance(update.seeds, ProbeResult)
     ]
-    parts = [(count_scalars(sampled_ids(state, one), one.scalars, len(state.sums)), one.weight) for one in logged]
-    sums, weight = weighted_sum(parts, len(state.sums))
-    return with_history(state, cohort, advance(state, sums, weight, logged))
+    moved = [(update.descend, weight) for update, weight in weighted if isinstance(update.seeds, DescendResult)]
+    after = with_sums(state, logged, moved)
+    return with_history(state, cohort, with_descent(with_scalars(after, state, logged, moved), state, moved))
 
 
-def advance(state: FedKSeedState, sums: Array, weight: int, logged: Sequence[LoggedUpdate]) -> FedKSeedState:
-    """Return the state after a weighted sum of scalars has been added; of `logged` only counts and log are taken."""
-    # Within 32 bits: a round in which the sums could leave them has been refused by `check_headroom`.
-    added = (state.sums + increments(sums, weight, state.shift)).astype(np.int32)
-    number = state.round + 1
+def with_sums(
+    state: FedKSeedState, logged: Sequence[LoggedUpdate], moved: Sequence[tuple[DescendResult, int]]
+) -> FedKSeedState:
+    """Return the state with what a cohort adds to its accumulators; nothing else is changed."""
+    newest, seeds = state.bank.newest, state.settings.seeds
+    size = newest.stop - newest.start
+    # Number k of every group moves with seed k, so that one step moves all weights.
+    measured = (
+        (np.tile(count_scalars(sampled_ids(state, one), one.scalars, seeds), size // seeds) << state.shift, one.weight)
+        for one in logged
+    )
+    parts = chain(measured, ((one.numbers.astype(np.int64) << one.shift, weight) for one, weight in moved))
+    sums, weight = weighted_sum(parts, size)
+    added = state.sums.astype(np.int64)
+    added[newest] += increments(sums, weight, 0)
+    # Within 32 bits: a round in which the sums could leave them has been refused by `seed_room`.
+    return replace(state, accumulators={"a": added.astype(np.int32)})
+
+
+def with_scalars(
+    after: FedKSeedState,
+    state: FedKSeedState,
+    logged: Sequence[LoggedUpdate],
+    moved: Sequence[tuple[DescendResult, int]],
+) -> FedKSeedState:
+    """Return a state after a round with what its scalars say: how coarse the next ones are, counts, and the log."""
     log = state.log
-    if state.settings.sync == "auto" and state.settings.public_log:
+    # A log is read by clients that hold one bank of one group, and holds scalars alone.
+    if (
+        state.settings.sync == "auto"
+        and state.settings.public_log
+        and not moved
+        and len(state.sums) == state.settings.seeds
+    ):
+        number = state.round + 1
         entry = downlink.encode_log([LoggedRound(state.shift, logged)])
         log = {name: data for name, data in log.items() if int(name) > number - MAX_LOG}
         log = {**log, str(number): np.frombuffer(entry, np.uint8)}
+    if not logged:
+        return replace(after, log=log)
     every = np.concatenate([one.scalars for one in logged])
     # Widened first: the absolute value of -128 does not fit into int8.
     saturated = float(np.mean(np.abs(every.astype(np.int16)) == MAX_SCALAR))
     coarser = saturated > SATURATED and state.shift < MAX_SHIFT
     return replace(
-        state,
-        accumulators={"a": added},
+        after,
         coarseness=state.coarseness + coarser,
         longest=max(state.longest, *(len(one.scalars) for one in logged)),
         drawn=seed_visits(state, logged, coarser=coarser),
         log=log,
     )
+
+
+def with_descent(
+    after: FedKSeedState, state: FedKSeedState, moved: Sequence[tuple[DescendResult, int]]
+) -> FedKSeedState:
+    """Return a state after a round with how large the numbers of clients were that have descended."""
+    if not moved:
+        return after
+    # The lower of the middle ones: one client that states more must not end the run for all.
+    usual = median_low([result.shift for result, _ in moved])
+    before, bank = state.bank.span(state.sums), state.bank
+    grown = max(state.grown, 1, bank.span(after.accumulators["a"]) - before)
+    return replace(after, widest=max(state.widest, usual), grown=grown)
 
 
 def with_history(state: FedKSeedState, cohort: Sequence[AdmittedUpdate], after: FedKSeedState) -> FedKSeedState:
@@ -237,7 +315,7 @@ def calibrate(state: FedKSeedState, sizes: Sequence[float | None]) -> FedKSeedSt
     measured = [size for size in sizes if size is not None]
     step = (min(measured) if len(measured) == 2 else median(measured)) / COARSE
     # Bounded as the recipe's own setting is; a step of 0, where no loss moved, leaves the provisional unit.
-    exponent, coarseness = units(state.settings, min(step, 1e-3) or "auto")
+    exponent, coarseness = units(state.settings, min(step, 1e-3) or "auto", descends=state.descends)
     return replace(state, calibrated=True, exponent=exponent, coarseness=coarseness)
 
 
@@ -270,7 +348,7 @@ def seed_visits(state: FedKSeedState, logged: Sequence[LoggedUpdate], *, coarser
     """
     if not state.drawn:
         return {}
-    size, sizes, visits = len(state.sums), state.drawn["sizes"], state.drawn["visits"]
+    size, sizes, visits = state.settings.seeds, state.drawn["sizes"], state.drawn["visits"]
     for entry in logged:
         drawn = sampled_ids(state, entry)
         sizes = sizes + count_scalars(drawn, np.abs(entry.scalars.astype(np.int16)), size)
@@ -284,19 +362,26 @@ def no_adapter(state: FedKSeedState) -> Adapter:
 
 
 def seeds(state: FedKSeedState) -> SeedModel:
-    return SeedModel(state.ledger, state.manifest, state.trainable)
+    return SeedModel(state.settled, state.manifest, state.trainable)
 
 
 def figures(state: FedKSeedState) -> Mapping[str, Any]:
     """Return what a round's line notes of the accumulators."""
-    return {
-        "seeds_moved": int(np.count_nonzero(state.sums)),
-        "sum_abs": absolute_sum(state.sums),
-        "displacement_rms": float(np.sqrt(np.square(state.sums, dtype=np.float64).sum())) * 2.0**-state.exponent,
-        "scalar_step": 2.0 ** (state.shift - state.exponent),
-        "exponent": state.exponent,
-        "coarseness": state.coarseness,
-    } | ({"rounds_left": rounds_left(state, state.longest)} if state.longest else {})
+    left, newest = fewest_rounds_left(state), state.bank.newest
+    groups = (newest.stop - newest.start) // state.settings.seeds
+    return (
+        {
+            "seeds_moved": int(np.count_nonzero(state.sums)),
+            "sum_abs": state.bank.span(state.sums),
+            "displacement_rms": sqrt(np.square(state.sums, dtype=np.float64).sum() / groups) * 2.0**-state.exponent,
+            "scalar_step": 2.0 ** (state.shift - state.exponent),
+            "exponent": state.exponent,
+            "coarseness": state.coarseness,
+        }
+        | ({} if left is None else {"rounds_left": left})
+        | ({"number_step": 2.0 ** (state.widest - state.exponent)} if state.grown else {})
+        | ({"banks": len(plain_banks(state.bank))} if state.settings.redraw else {})
+    )
 
 
 METHOD = Method(

@@ -19,14 +19,18 @@ from fedtune.directions.downlink import MAX_SHIFT
 from fedtune.directions.rebuild_numpy import EXPONENTS
 from fedtune.directions.sampling import paper_probabilities, repaired_probabilities
 from fedtune.directions.seed_ledger import Manifest, SeedLedger
+from fedtune.directions.space import directions, group_faults
 from fedtune.errors import ConfigError, Fault
-from fedtune.messages import OMIT_DEFAULT, BankName, Estimator, Sampling, SeedState, Weighting
-from fedtune.methods.serialization import NOT_PERSISTED
+from fedtune.messages import OMIT_DEFAULT, BankName, Estimator, Sampling, SeedState, Verb, Weighting
+from fedtune.methods.serialization import NOT_PERSISTED, OMIT_EMPTY
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
 
 PROVISIONAL = 26
 """e of a first round that measures `scalar_step`: nothing is added up in it."""
+DESCENDING = range(24, 29)
+"""e where clients descend: with K = 4096 a number of one moves weights by 4e-6 at most (root mean square), and the sums
+have room for a move of 0.1 at least, as large as the weights themselves."""
 FINE = 16
 """Least units of a perturbation: it is then rounded by at most 1/32 of itself."""
 
@@ -96,6 +100,7 @@ class FedKSeedSettings:
 
 def faults(settings: FedKSeedSettings, steps: Sequence[int | None]) -> Iterator[Fault]:
     """Yield what does not fit together in the table `method`, and with the steps of a round; None: epochs decide."""
+    yield from descent_faults(settings)
     known = [count for count in steps if count is not None]
     if None in steps and (settings.sampling == "distinct" or settings.estimator == "one-sided"):
         hint = "distinct seeds and groups of queries need a known number of scalars"
@@ -120,6 +125,23 @@ def faults(settings: FedKSeedSettings, steps: Sequence[int | None]) -> Iterator[
         if value and settings.bank != "kron":
             hint = "the other banks move every tensor; choose with method.trainable"
             yield Fault(f"method.{key}", f"false with bank = {settings.bank!r}", "true", hint)
+
+
+def descent_faults(settings: FedKSeedSettings) -> Iterator[Fault]:
+    """Yield what does not fit together where clients descend, or there are several groups or banks."""
+    moved = (0,) if settings.groups == "tensor" else ()
+    for fault in group_faults(settings.bank, settings.groups, moved):
+        yield replace(fault, path=f"method.{fault.path}")
+    if settings.redraw and settings.sampling == "pro":
+        hint = "what was measured along old directions says nothing of new ones"
+        yield Fault("method.redraw", "0 with sampling = 'pro'", str(settings.redraw), hint)
+    if settings.verb == "descend":
+        if settings.sampling == "pro":
+            hint = "it counts what clients measure that probe; a client that descends moves every direction"
+            yield Fault("method.sampling", "uniform with verb = 'descend'", repr(settings.sampling), hint)
+        if settings.public_log:
+            hint = "a log holds what clients measure that probe; a client that descends sends all numbers"
+            yield Fault("method.public_log", "false with verb = 'descend'", "true", hint)
 
 
 @dataclass(frozen=True)
@@ -153,28 +175,60 @@ class FedKSeedState:
     """Accumulators after rounds that some client may have kept, by round, int32 (K,)."""
     log: Tensors
     """`public_log`: what each of the last rounds added, by round, as `downlink.encode_log` makes it."""
+    verbs: Sequence[Verb] = field(default=(), metadata=NOT_PERSISTED)
+    """What clients of the run may be asked to do; empty: to probe."""
+    widest: int = field(default=0, metadata=OMIT_EMPTY)
+    """Of clients that descend: the largest shift that half of a round's have stated, so far."""
+    grown: int = field(default=0, metadata=OMIT_EMPTY)
+    """By how much a round in which clients descended has let sum |A| at a position grow at most, and at least 1."""
 
     @property
     def saved(self) -> Tensors:
         """Nothing is averaged in full beside the seeds."""
         return {}
 
-    @property
+    @cached_property
     def sums(self) -> Array:
-        """A, int32 (K,)."""
-        return self.accumulators["a"]
+        """A, int32 (banks x groups x K,); zeros of a bank that is new in the coming round."""
+        return pad_zeros(self.accumulators["a"], self.bank.size)
 
     @cached_property
     def bank(self) -> DirectionBank:
-        return BANKS[self.settings.bank](self.settings.seeds, derive(self.seed, "fedkseed.bank"))
+        """The directions of the coming round, those of earlier banks with them."""
+        return self.bank_of(self.round)
+
+    def bank_of(self, completed: int) -> DirectionBank:
+        """Return the directions of the round after so many."""
+        settings = self.settings
+        drawn = 1 + (completed // settings.redraw if settings.redraw else 0)
+        keys = [bank_key(self.seed, number) for number in range(drawn)]
+        # Without a base, as where a site looks at a recipe alone, every tensor is one.
+        tensors = tuple(self.trainable) or (0,)
+        return directions(settings.bank, settings.seeds, keys, settings.groups, tensors)
 
     @cached_property
     def ledger(self) -> SeedLedger:
         return SeedLedger(self.bank, self.exponent, self.round, bytes.fromhex(self.base), self.sums)
 
     @cached_property
+    def settled(self) -> SeedLedger:
+        """The ledger without a bank along which no round has moved yet."""
+        bank = self.bank_of(max(0, self.round - 1))
+        return SeedLedger(bank, self.exponent, self.round, bytes.fromhex(self.base), self.sums[: bank.size])
+
+    @cached_property
     def digest(self) -> bytes:
         return self.ledger.digest
+
+    @property
+    def probes(self) -> bool:
+        """Whether some client may be asked to probe."""
+        return not self.verbs or "probe" in self.verbs
+
+    @property
+    def descends(self) -> bool:
+        """Whether some client may be asked to descend."""
+        return "descend" in self.verbs
 
     @property
     def shift(self) -> int:
@@ -208,24 +262,39 @@ class FedKSeedState:
         forms = {"whole": downlink.encode_whole(self.sums)}
         if self.settings.sync == "auto":
             # A client that holds nothing starts from zeros, so that a young run sends it only what has moved.
-            known = self.past[str(since)] if since else np.zeros_like(self.sums)
+            known = pad_zeros(self.past[str(since)], len(self.sums)) if since else np.zeros_like(self.sums)
             forms["changed"] = downlink.encode_changed(self.sums, known)
             missed = [str(number) for number in range(since + 1, self.round + 1)]
             # Every missed round or none: with a gap, a client would end at other sums.
-            if set(missed) <= self.log.keys():
+            if set(missed) <= self.log.keys() and len(self.sums) == self.settings.seeds:
                 forms["log"] = b"".join(self.log[number].tobytes() for number in missed)
         form, data = downlink.shortest_form(forms)
         return SeedState(form, 0 if form == "whole" else since, data, self.round, self.digest)  # type: ignore[arg-type]
 
 
-def units(settings: FedKSeedSettings, step: float | Literal["auto"]) -> tuple[int, int]:
+def pad_zeros(accumulators: Array, size: int) -> Array:
+    """Return accumulators with zeros behind them, those of directions that were drawn later."""
+    return np.concatenate([accumulators, np.zeros(size - len(accumulators), accumulators.dtype)])
+
+
+def bank_key(seed: int, number: int) -> int:
+    """Return the key of a run's n-th bank, the first being 0."""
+    return derive(seed, "fedkseed.bank", number) if number else derive(seed, "fedkseed.bank")
+
+
+def units(settings: FedKSeedSettings, step: float | Literal["auto"], *, descends: bool = False) -> tuple[int, int]:
     """Return (e, j) such that a scalar of one changes weights by about `step` and the perturbation is a whole number.
 
     e is at least so large that the perturbation is rounded by no more than a 32nd of itself, and at most so large that
-    it fits; where that makes units too fine for the step, j makes it up.
+    it fits; where that makes units too fine for the step, j makes it up. Where clients `descend` as well e is within
+    `DESCENDING`.
     """
     wanted = PROVISIONAL if step == "auto" else settings.fraction_bits - round(log2(step))
     # E stays below 2^27, to leave room for the sums: with gaussian, 8 (sum |A| + E) must stay below 2^31.
     least, most = ceil(log2(FINE / settings.perturbation)), int(log2(2**27 / settings.perturbation))
+    if descends:
+        least, most = max(least, DESCENDING.start), min(most, DESCENDING.stop - 1)
     exponent = max(EXPONENTS.start, least, min(wanted, most, EXPONENTS.stop - 1))
-    return exponent, max(0, min(exponent - wanted, MAX_SHIFT - settings.fraction_bits))
+    # Below zero for steps that are too small for the units that clients need that descend.
+    coarsest = 0 if not descends else -settings.fraction_bits
+    return exponent, max(coarsest, min(exponent - wanted, MAX_SHIFT - settings.fraction_bits))

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Interval
 
-from fedtune.messages import OMIT_DEFAULT, Assignment, Client, ProbeSeeds, Training
+from fedtune.messages import OMIT_DEFAULT, Assignment, Client, DescendSeeds, ProbeSeeds, Training
 from fedtune.rounds.transport import Rule
 from fedtune.seeds import derive, generator
 
@@ -108,7 +108,10 @@ def rate_text(learning_rate: float, schedule: Schedule) -> str:
 def with_scheduled_rate(assignment: Assignment, schedule: Schedule) -> Assignment:
     """Return an assignment at the learning rate of its round."""
     training = scheduled_training(assignment.plan.training, schedule, assignment)
-    return replace(assignment, plan=replace(assignment.plan, training=training))
+    task = assignment.task
+    if isinstance(task, DescendSeeds) and task.fallback is not None:
+        task = replace(task, fallback=scheduled_training(task.fallback, schedule, assignment))
+    return replace(assignment, plan=replace(assignment.plan, training=training), task=task)
 
 
 def scheduled_training(training: Training, schedule: Schedule, order: Assignment) -> Training:

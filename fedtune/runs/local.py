@@ -19,7 +19,7 @@ from fedtune.client.site import load_site, simulated_site
 from fedtune.client.worker_process import devices_of, payload
 from fedtune.config import Recipe, render
 from fedtune.config.checks import training_apart
-from fedtune.config.recipe import largest_rank, method_of, resources, sized_adapter
+from fedtune.config.recipe import largest_rank, method_of, possible_verbs, resources, sized_adapter
 from fedtune.data.encode import Example, depends_on_date
 from fedtune.data.federation import Federation, Shard, digest
 from fedtune.data.limits import longest
@@ -78,7 +78,7 @@ class Experiment:
         recipe, sized = self.recipe, not self.base.digest
         whole = method_of(recipe).task is ProbeSeeds and not sized
         blueprint = self.base.blueprint(max_rank=largest_rank(recipe), seed=recipe.seed, whole=whole)
-        return replace(blueprint, **pruning_of(recipe, self.base, self.federation.labels))
+        return replace(blueprint, verbs=possible_verbs(recipe), **pruning_of(recipe, self.base, self.federation.labels))
 
     @property
     def planner(self) -> Planner:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -23,13 +23,15 @@ from fedtune.config.consent import (
     score_differences,
 )
 from fedtune.config.order_rules import FREE
-from fedtune.config.recipe import requested_ratio
+from fedtune.config.recipe import planned_training, possible_verbs, requested_ratio, verb_request
 from fedtune.directions.seed_ledger import describe_base
 from fedtune.messages import (
     Assignment,
     Blueprint,
     Client,
+    DescendSeeds,
     Plan,
+    PlannedClient,
     ProbeSeeds,
     Pruning,
     ScoreRequest,
@@ -167,6 +169,16 @@ client = { steps = 6, batch = 4, learning_rate = 0.01 }
 rounds = { count = 5 }
 data = { source = "at the sites", split = { kind = "files" } }
 """
+DESCEND = """
+name = "x"
+seed = 7
+model = { base = "none" }
+method = { name = "fedkseed", seeds = 64, scalar_step = 1e-4, verb = "auto", groups = "tensor", redraw = 4 }
+client = { steps = 6, batch = 4, learning_rate = 0.01 }
+descend = { steps = 3, accumulation = 2 }
+rounds = { count = 5 }
+data = { source = "at the sites", split = { kind = "files" } }
+"""
 
 
 @cache
@@ -182,7 +194,13 @@ def made(text: str, *, ratio: float = 0.0, rank: int = 4) -> Assignment:
     blueprint = Blueprint(
         MODULES, SAVED, 4, recipe.seed, LISTED.encode(), LAYOUT, recipe.pruning, ranking if recipe.pruning else {}
     )
-    inputs = PlannerInputs(seed=recipe.seed, rounds=5, training=lambda client: (rank, recipe.client))
+    blueprint = replace(blueprint, verbs=possible_verbs(recipe))
+    inputs = PlannerInputs(
+        seed=recipe.seed,
+        rounds=5,
+        training=lambda client: (rank, planned_training(recipe, client)[1]),
+        verb=partial(verb_request, recipe),
+    )
     planned = inputs.plan(Client("site-a", PROFILE.num_examples), rank=rank, ratio=ratio)
     state = method.init(blueprint, recipe.method)
     order = replace(method.assign(state, recipe.seed, planned), base=PROFILE.foundation.base)
@@ -240,9 +258,10 @@ ORDERS: Mapping[str, tuple[str, Callable[[], Assignment | ScoreRequest]]] = {
     "adapters": (ADAPTERS, lambda: made(ADAPTERS)),
     "pruned": (ADAPTERS, lambda: made(ADAPTERS, ratio=0.5, rank=2)),
     "seeds": (SEEDS, lambda: made(SEEDS)),
+    "descend": (DESCEND, lambda: made(DESCEND)),
     "scores": (ADAPTERS, lambda: ScoreRequest("site-a", "flora", 2, PROFILE.foundation.base, 8, 16, {"saved": SAVED})),
 }
-MESSAGES = (Assignment, Plan, Training, TrainLora, Pruning, PruningSettings, ProbeSeeds, ScoreRequest)
+MESSAGES = (Assignment, Plan, Training, TrainLora, Pruning, PruningSettings, ProbeSeeds, DescendSeeds, ScoreRequest)
 """The classes whose fields an order has; a `SeedState` is one value, whose digest the client checks."""
 
 
@@ -283,6 +302,53 @@ def test_the_rate_of_an_order_is_that_of_its_round_and_no_other(text: str) -> No
             order = put(put(made(plain), "round", number), "plan.training.learning_rate", 0.01 * other)
             differing = {key for key in keys(text, order) if key.startswith("plan")}
             assert differing == (set() if other == share else {"plan.training.learning_rate"})
+
+
+def descending(text: str, number: int = 1) -> Assignment:
+    """Return a server's order of a round to a client that descends, or to measure where the recipe's verb says so."""
+    recipe, method = recipe_of(text), METHODS["fedkseed"]
+    blueprint = Blueprint(MODULES, SAVED, 4, 7, LISTED.encode(), verbs=possible_verbs(recipe))
+    request = verb_request(recipe, "site-a")
+    plan = Plan("site-a", 1, 1.0, replace(planned_training(recipe, "site-a")[1], steps=3))
+    state = replace(method.init(blueprint, recipe.method), round=number - 1)
+    order = method.assign(state, recipe.seed, PlannedClient(plan, verb=request.verb, probing=request.probing))
+    return decode_outline(encode_assignment(replace(order, base=PROFILE.foundation.base)).header)
+
+
+def test_with_auto_a_client_may_be_asked_to_probe_and_a_client_that_descends_may_not() -> None:
+    probing, order = made(SEEDS), made(DESCEND)
+    bank = order.probe
+    alone = replace(order, task=bank, plan=replace(order.plan, training=probing.plan.training))
+    assert keys(DESCEND, alone) == set()
+    assert keys(DESCEND, put(alone, "plan.training.steps", 3)) == {"plan.training.steps"}
+    must = DESCEND.replace('"auto"', '"descend"').replace("client = { steps = 6, batch = 4, learning_rate = 0.01 }", "")
+    assert keys(must, descending(must)) == set()
+    assert "task" in keys(must, alone)
+    # An order with no way out, where the recipe leaves the client one.
+    assert keys(DESCEND, put(order, "task.fallback", None)) == {"task.fallback"}
+    assert keys(DESCEND, put(order, "task.fallback.steps", 7)) == {"task.fallback.steps"}
+
+
+def test_all_measure_in_the_first_round_of_a_mixed_run_and_descend_after() -> None:
+    mixed = DESCEND.replace(", scalar_step = 1e-4", "")
+    first = descending(mixed)
+    assert (type(first.task), first.probe.calibrate) == (ProbeSeeds, True)
+    assert keys(mixed, first) == set()
+    second = descending(mixed, 2)
+    assert isinstance(second.task, DescendSeeds)
+    assert keys(mixed, put(second, "task.probe.calibrate", False)) == set()
+    assert keys(mixed, second) == {"task.probe.calibrate"}
+
+
+@pytest.mark.parametrize("number", [1, 4, 5])
+def test_the_banks_of_an_order_are_those_of_its_round(number: int) -> None:
+    order = descending(DESCEND, number)
+    assert len(order.probe.earlier) == (number - 1) // 4
+    assert keys(DESCEND, order) == set()
+    other = descending(DESCEND, 6 - number if number != 4 else 5).probe
+    if other.key != order.probe.key:
+        differing = put(put(order, "task.probe.key", other.key), "task.probe.earlier", other.earlier)
+        assert keys(DESCEND, differing) == {"task.probe.key", "task.probe.earlier"}
 
 
 def test_a_measurement_of_the_unit_is_permitted_at_the_full_rate_alone() -> None:

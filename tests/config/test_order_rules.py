@@ -75,12 +75,14 @@ OUT_OF_BOUNDS: Mapping[str, Sequence[tuple[str, str, Any]]] = {
     "Pruning.scores_requested": [],
     "Pruning.moments_requested": [],
     "Pruning.whole_requested": [],
-    "ProbeSeeds.exponent": [("seeds", "task.exponent", 3)],
+    "ProbeSeeds.exponent": [("seeds", "task.exponent", 3), ("descend", "task.probe.exponent", 30)],
     "ProbeSeeds.shift": [("seeds", "task.shift", 0)],
     "ProbeSeeds.perturbation": [("seeds", "task.perturbation", 2**30), ("seeds", "task.perturbation", 1)],
     "ProbeSeeds.state": [("seeds", "task.state", SeedState("whole", 0, b"", 3, b"d" * 32))],
     "ProbeSeeds.levels": [("seeds", "task.levels", b"x")],
-    "ProbeSeeds.calibrate": [("seeds", "task.calibrate", True)],
+    "ProbeSeeds.calibrate": [("seeds", "task.calibrate", True), ("descend", "task.probe.calibrate", True)],
+    # What there is room for only the server's state says; any within the schema's bounds is no more work, and no less.
+    "DescendSeeds.largest_shift": [],
     "ScoreRequest.blobs": [
         ("scores", "blobs", {"saved": {}, "local": {f"{UP}.a": np.zeros((4, 8), np.float32)}}),
         ("scores", "blobs", {"saved": {"norm.weight": np.zeros(9, np.float32)}}),

@@ -34,9 +34,10 @@ from fedtune.messages import (
     SeedState,
     Training,
 )
-from fedtune.methods.fedkseed import COARSE, METHOD, rounds_left
+from fedtune.methods.fedkseed import COARSE, METHOD
 from fedtune.methods.fedkseed_state import PROVISIONAL, FedKSeedSettings, FedKSeedState
 from fedtune.methods.method import LinearMethod
+from fedtune.methods.seed_room import rounds_left
 from fedtune.methods.serialization import decode, digest, encode
 from fedtune.probing.replica import Replicas, restore
 from fedtune.seeds import derive, generator
