@@ -85,7 +85,6 @@ def init(blueprint: Blueprint, settings: FedKSeedSettings) -> FedKSeedState:
         seed=blueprint.seed,
         base=listed.digest.hex(),
         trainable=list(ordinals),
-    XX
         exponent=exponent if probes else DESCENDING.start,
         calibrated=settings.scalar_step != "auto" or not probes,
         coarseness=coarseness if probes else 0,
