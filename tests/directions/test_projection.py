@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fedtune.directions.projection import project
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.directions.bank import DirectionBank, displacement
 from fedtune.directions.blocks import all_blocks
 from fedtune.directions.hadamard import Hadamard
+from fedtune.directions.projection import project
 from fedtune.directions.space import directions
 from fedtune.errors import ConfigError, ShapeError
 from fedtune.seeds import generator

@@ -6,10 +6,9 @@ import torch
 
 pytest.importorskip("numba", reason="needs the extra fast", exc_type=ImportError)
 
-from fedtune.directions.projection import project as reference
-
 from fedtune.directions import projection_numba, projection_torch
 from fedtune.directions.hadamard import Hadamard
+from fedtune.directions.projection import project as reference
 from fedtune.directions.space import directions
 from tests.directions.test_projection_torch import check
 from tests.directions.vectors import SEED, weights

@@ -5,13 +5,13 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from fedtune.directions.projection import project as reference
-from fedtune.directions.projection_torch import project
 
 from fedtune.directions import projection_torch
 from fedtune.directions.bank import DirectionBank
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
+from fedtune.directions.projection import project as reference
+from fedtune.directions.projection_torch import project
 from fedtune.directions.space import directions
 from tests.directions.test_projection import EVERY, LABELS
 from tests.directions.test_space import SHAPES
