@@ -285,14 +285,14 @@ def hadamard_map(bank: Hadamard, run: range, ordinal: int, device: torch.device)
     right = torch.block_diag(*[own] * (columns // len(own)))
 
     def linear(sums: torch.Tensor) -> torch.Tensor:
-        # One row for all blocks, or a row for each, which all of its transforms start from.
-        table = sums.view(-1, bank.size)
+        # One row for all blocks, or a row for each, which all transforms of the block start from.
+        table = sums.view(-1, bank.size).repeat(1, max(1, columns // bank.size))
+        tiled = table.view(-1, rows, columns).transpose(0, 1)
         if len(table) > 1:
             numbers = torch.arange(run.start, run.stop, device=device) % len(table)
-            table = table[numbers.repeat_interleave(BLOCK // (rows * columns))]
-        tiled = table.repeat(1, max(1, columns // bank.size)).view(-1, rows, columns).transpose(0, 1)
+            tiled = tiled.index_select(1, numbers.repeat_interleave(BLOCK // (rows * columns)))
         # Flipping the sign bit is exact and cheaper than a product with +1 or -1.
-        x = (tiled.view(torch.int32) ^ first).view(torch.float32)  # (a, groups, b)
+        x = (first ^ tiled.contiguous().view(torch.int32)).view(torch.float32)  # (a, groups, b)
         y = left @ (x.view(-1, columns) @ right).view(rows, -1)  # (a, groups * b)
         y.view(torch.int32).bitwise_xor_(second.view(rows, -1))
         # A flipped zero is -0; adding 0.0 makes it +0. Otherwise w0 = -0.0 minus it would lose its sign.

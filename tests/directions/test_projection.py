@@ -13,11 +13,10 @@ from fedtune.directions.space import directions
 from fedtune.errors import ConfigError, ShapeError
 from fedtune.seeds import generator
 from fedtune.tensors import DTYPES
-from tests.directions.test_space import NAMES, SHAPES, SPACES
-from tests.directions.vectors import BANKS, SEED, accumulators, weights
+from tests.directions.vectors import BANKS, SEED, SHAPES, SPACE_NAMES, SPACES, accumulators, weights
 
 EVERY = [*SPACES, *BANKS]
-LABELS = [*NAMES, *(f"{bank.name}-{bank.size}" for bank in BANKS)]
+LABELS = [*SPACE_NAMES, *(f"{bank.name}-{bank.size}" for bank in BANKS)]
 
 
 def slopes(bank: DirectionBank, values: np.ndarray, *, ordinal: int, at: np.ndarray) -> np.ndarray:

@@ -14,8 +14,7 @@ from fedtune.directions.projection import project as reference
 from fedtune.directions.projection_torch import project
 from fedtune.directions.space import directions
 from tests.directions.test_projection import EVERY, LABELS
-from tests.directions.test_space import SHAPES
-from tests.directions.vectors import SEED, weights
+from tests.directions.vectors import SEED, SHAPES, weights
 
 
 @pytest.fixture

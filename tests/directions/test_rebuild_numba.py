@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,14 +12,20 @@ from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
 from fedtune.directions.rebuild_numpy import rebuild as reference
+from fedtune.directions.space import directions
 from fedtune.errors import ExtraError, RoundError, ShapeError
 from fedtune.tensors import DTYPES, Array
 from tests.directions.vectors import (
     BANKS,
+    KEYS,
     SEED,
+    SPACE_NAMES,
+    SPACES,
+    TENSORS,
     accumulators,
     check_against_reference,
     check_no_displacement,
+    check_spaces,
     check_vectors,
     sha,
     weights,
@@ -42,6 +49,40 @@ def test_every_size_gives_the_bits_of_the_reference(bank: DirectionBank) -> None
 @pytest.mark.parametrize("bank", [Hadamard(256, SEED), Kron(256, SEED)], ids=lambda bank: bank.name)
 def test_every_format_gives_the_bits_of_the_reference(bank: DirectionBank) -> None:
     check_against_reference(rebuild, bank, most=3000, dtypes=("fp32", "fp16", "bf16"))
+
+
+SOME = [
+    directions("hadamard", 256, KEYS[:2], 4),
+    directions("hadamard", 256, KEYS[:2], "tensor", TENSORS),
+    directions("kron", 256, KEYS[:2], "tensor", TENSORS),
+    directions("gaussian", 16, KEYS[:2], 2),
+]
+
+
+@pytest.mark.parametrize("bank", SOME, ids=lambda bank: f"{bank.name}-{bank.groups}")
+def test_several_banks_and_groups_give_the_bits_of_the_reference(bank: DirectionBank) -> None:
+    dtypes = ("bf16",) if bank.name == "gaussian" else ("fp32", "fp16", "bf16")
+    check_spaces(rebuild, bank, most=3000, dtypes=dtypes)
+    check_spaces(partial(rebuild, threads=3), bank, most=2**16, dtypes=dtypes)
+    check_spaces(rewritten, bank, most=3000, dtypes=dtypes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bank", SPACES, ids=SPACE_NAMES)
+def test_many_banks_and_groups_give_the_bits_of_the_reference(bank: DirectionBank) -> None:
+    check_spaces(rebuild, bank, most=3000, dtypes=("fp32", "bf16"))
+    check_spaces(rewritten, bank, most=3000, dtypes=("fp32", "bf16"))
+
+
+def rewritten(
+    tensor: Array, accumulators: Array, *, bank: DirectionBank, ordinal: int, exponent: int, out: Array | None = None
+) -> Array:
+    """Rebuild by the function that writes many tensors again and again."""
+    new = np.empty_like(tensor)
+    write = rebuild_numba.rewriter([(ordinal, tensor, new)], bank=bank, exponent=exponent)
+    write(np.zeros_like(accumulators))
+    write(accumulators)
+    return new
 
 
 def test_sums_close_to_32_bits_give_the_bits_of_the_reference() -> None:

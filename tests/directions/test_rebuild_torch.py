@@ -6,22 +6,30 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedtune.directions import rebuild_torch
 from fedtune.directions.bank import DirectionBank, displacement
+from fedtune.directions.blocks import Groups
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
 from fedtune.directions.rebuild_numpy import rebuild as reference
 from fedtune.directions.rebuild_torch import TorchRebuild, as_array, fastest, rebuild_compiled
+from fedtune.directions.space import directions
 from fedtune.errors import ConfigError, RoundError, ShapeError
 from fedtune.tensors import DTYPES, Array
 from tests.directions.vectors import (
     BANKS,
     SEED,
+    SPACE_NAMES,
+    SPACES,
+    TENSORS,
     accumulators,
     check_against_reference,
     check_no_displacement,
+    check_spaces,
     check_vectors,
     sha,
     weights,
@@ -70,6 +78,30 @@ def test_every_size_gives_the_bits_of_the_reference(bank: DirectionBank, most: i
     # The larger sums leave the 24 bits that float32 holds.
     most = most if bank.size < 4096 or most < 1000 else 2**15
     check_against_reference(rebuild, bank, most=most, dtypes=("fp32", "bf16"))
+
+
+@pytest.mark.parametrize("bank", SPACES, ids=SPACE_NAMES)
+@pytest.mark.parametrize("most", [30, 2**15])
+def test_several_banks_and_groups_give_the_bits_of_the_reference(bank: DirectionBank, most: int) -> None:
+    check_spaces(rebuild, bank, most=most, dtypes=("fp32", "fp16", "bf16"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seeds=st.sampled_from([1, 2, 16, 64, 512]),
+    groups=st.sampled_from([1, 2, 4, 64, "tensor"]),
+    banks=st.integers(1, 3),
+    size=st.integers(0, 20_000),
+    most=st.sampled_from([5, 2**18]),
+    first=st.integers(0, 2),
+)
+def test_displacements_of_any_banks_and_groups_are_those_of_the_reference(
+    seeds: int, groups: Groups, banks: int, size: int, most: int, first: int
+) -> None:
+    bank = directions("hadamard", seeds, range(7, 7 + banks), groups, TENSORS)
+    sums, blocks = accumulators(bank, most=most, key=size), range(first, max(first, -(-size // 4096)))
+    y = rebuild_torch.displacement(bank, sums, ordinal=9, shape=(size,), blocks=blocks)
+    np.testing.assert_array_equal(y, displacement(bank, sums, ordinal=9, shape=(size,), blocks=blocks))
 
 
 @pytest.mark.parametrize("size", [2, 16, 32, 64, 128, 512, 2048])

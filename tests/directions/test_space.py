@@ -18,23 +18,7 @@ from fedtune.directions.kron import Kron
 from fedtune.directions.space import MAX_ACCUMULATORS, Grouped, directions, group_of, plain_banks, summands
 from fedtune.errors import ConfigError, RoundError
 from fedtune.tensors import Array
-from tests.directions.vectors import SEED, accumulators
-
-KEYS = (SEED, 77, 2**64 - 1)
-TENSORS = (2, 5, 9)
-SPACES = [
-    directions("hadamard", 16, KEYS[:1], 4),
-    directions("hadamard", 64, KEYS[:2]),
-    directions("hadamard", 4096, KEYS[:2], 2),
-    directions("hadamard", 1, KEYS, 64),
-    directions("hadamard", 8, KEYS[:2], "tensor", TENSORS),
-    directions("gaussian", 4, KEYS[:2], 2),
-    directions("gaussian", 2, KEYS[:1], "tensor", TENSORS),
-    directions("kron", 16, KEYS[:2]),
-    directions("kron", 16, KEYS[:2], "tensor", TENSORS),
-]
-NAMES = [f"{bank.name}-{bank.seeds}-{len(plain_banks(bank))}-{getattr(bank, 'groups', 1)}" for bank in SPACES]
-SHAPES: Sequence[tuple[int, ...]] = ((7,), (3, 4099), (4096 * 3 + 5,))
+from tests.directions.vectors import KEYS, SEED, SHAPES, SPACE_NAMES, SPACES, TENSORS, accumulators
 
 
 def naive(bank: Grouped, sums: Array, *, ordinal: int, shape: tuple[int, ...]) -> Array:
@@ -50,7 +34,7 @@ def naive(bank: Grouped, sums: Array, *, ordinal: int, shape: tuple[int, ...]) -
     return y
 
 
-@pytest.mark.parametrize("bank", SPACES, ids=NAMES)
+@pytest.mark.parametrize("bank", SPACES, ids=SPACE_NAMES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_displacement_is_the_sum_over_banks_and_the_positions_own_group(
     bank: Grouped, shape: tuple[int, ...]
@@ -62,7 +46,7 @@ def test_a_displacement_is_the_sum_over_banks_and_the_positions_own_group(
     np.testing.assert_array_equal(displacement(bank, sums, ordinal=5, shape=shape, blocks=last), y[last.start * 4096 :])
 
 
-@pytest.mark.parametrize("bank", SPACES, ids=NAMES)
+@pytest.mark.parametrize("bank", SPACES, ids=SPACE_NAMES)
 def test_every_accumulator_has_a_direction_which_ends_where_its_group_ends(bank: Grouped) -> None:
     shape = (2, 6000)
     sums = accumulators(bank, most=99, used=6)
@@ -73,7 +57,7 @@ def test_every_accumulator_has_a_direction_which_ends_where_its_group_ends(bank:
     np.testing.assert_array_equal(displacement(bank, sums, ordinal=9, shape=shape, blocks=range(1, 3)), y)
 
 
-@pytest.mark.parametrize("bank", SPACES, ids=NAMES)
+@pytest.mark.parametrize("bank", SPACES, ids=SPACE_NAMES)
 def test_a_step_along_a_seed_moves_every_weight_by_the_newest_banks_direction(bank: Grouped) -> None:
     sums = accumulators(bank, most=50)
     for seed, ordinal in product({0, bank.seeds - 1}, (2, 9)):
@@ -89,7 +73,7 @@ def test_there_is_no_other_seed_than_the_k_that_there_are(bank: DirectionBank) -
             perturb(bank, np.zeros(bank.size, np.int32), seed, 1)
 
 
-@pytest.mark.parametrize("bank", SPACES, ids=NAMES)
+@pytest.mark.parametrize("bank", SPACES, ids=SPACE_NAMES)
 def test_the_newest_accumulators_are_those_that_seeds_move(bank: Grouped) -> None:
     places = [place for seed in range(bank.seeds) for place in bank.places(seed)]
     assert sorted(places) == list(range(bank.size))[bank.newest]

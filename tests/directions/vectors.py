@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
 from fedtune.directions.rebuild_numpy import Rebuild, rebuild
+from fedtune.directions.space import directions, plain_banks
 from fedtune.seeds import generator
 from fedtune.tensors import DTYPES, Array
 
@@ -49,6 +51,22 @@ BANKS = (
     Kron(16, SEED),
     Kron(256, SEED),
 )
+
+KEYS = (SEED, 77, 2**64 - 1)
+TENSORS = (2, 5, 9)
+SPACES = [
+    directions("hadamard", 16, KEYS[:1], 4),
+    directions("hadamard", 64, KEYS[:2]),
+    directions("hadamard", 4096, KEYS[:2], 2),
+    directions("hadamard", 1, KEYS, 64),
+    directions("hadamard", 8, KEYS[:2], "tensor", TENSORS),
+    directions("gaussian", 4, KEYS[:2], 2),
+    directions("gaussian", 2, KEYS[:1], "tensor", TENSORS),
+    directions("kron", 16, KEYS[:2]),
+    directions("kron", 16, KEYS[:2], "tensor", TENSORS),
+]
+SPACE_NAMES = [f"{bank.name}-{bank.seeds}-{len(plain_banks(bank))}-{getattr(bank, 'groups', 1)}" for bank in SPACES]
+SHAPES: Sequence[tuple[int, ...]] = ((7,), (3, 4099), (4096 * 3 + 5,))
 
 
 def sha(array: Array) -> str:
@@ -111,3 +129,13 @@ def check_against_reference(way: Rebuild, bank: DirectionBank, *, most: int, dty
             w0 = weights(shape, dtype)
             expected = rebuild(w0, sums, bank=bank, ordinal=3, exponent=24)
             assert sha(way(w0, sums, bank=bank, ordinal=3, exponent=24)) == sha(expected), (bank, size, dtype)
+
+
+def check_spaces(way: Rebuild, bank: DirectionBank, *, most: int, dtypes: tuple[str, ...]) -> None:
+    """Hold a way to rebuild against the reference for directions of several banks or groups, over odd sizes."""
+    sums = accumulators(bank, most=most, key=1)
+    for shape in SHAPES:
+        for dtype in dtypes:
+            w0 = weights(shape, dtype)
+            expected = rebuild(w0, sums, bank=bank, ordinal=5, exponent=24)
+            assert sha(way(w0, sums, bank=bank, ordinal=5, exponent=24)) == sha(expected), (bank, shape, dtype)
