@@ -9,7 +9,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from fedtune.directions.seed_ledger import LEDGER_HEADER, LEDGER_MAGIC, MANIFEST_MAGIC, decode_ledger, decode_manifest
+from fedtune.directions.seed_ledger import (
+    GROUPED_HEADER,
+    GROUPED_MAGIC,
+    LEDGER_HEADER,
+    LEDGER_MAGIC,
+    MANIFEST_MAGIC,
+    decode_ledger,
+    decode_manifest,
+)
 from fedtune.link.envelopes import KIND
 from fedtune.link.pki import codes, enrollment, roster
 from fedtune.link.pki.signing import key_id, sign
@@ -96,6 +104,10 @@ def envelope(header: bytes) -> bytes:
 
 def ledger(size: int) -> bytes:
     return LEDGER_HEADER.pack(LEDGER_MAGIC, 2, 0, size, 1, 20, 1, bytes(32)) + bytes(400)
+
+
+def grouped_ledger(*, banks: int = 1, groups: int = 1) -> bytes:
+    return GROUPED_HEADER.pack(GROUPED_MAGIC, 2, 0, 4096, 20, 1, bytes(32), banks, groups)
 
 
 def signed_roster(content: bytes) -> bytes:
@@ -273,6 +285,10 @@ BOMBS: Mapping[str, Bomb] = {
     ),
     "seed ledger: 2^31 seeds": (lambda: ledger(2**31), decode_ledger),
     "seed ledger: no seed": (lambda: ledger(0), decode_ledger),
+    "seed ledger: 65535 banks": (lambda: grouped_ledger(banks=2**16 - 1), decode_ledger),
+    "seed ledger: 65535 groups": (lambda: grouped_ledger(groups=2**16 - 1), decode_ledger),
+    "seed ledger: 2^32 tensors": (lambda: grouped_ledger(groups=0) + struct.pack("<QI", 1, 2**32 - 1), decode_ledger),
+    "seed ledger: 256 banks of 64 groups": (lambda: grouped_ledger(banks=256, groups=64) + bytes(2048), decode_ledger),
     # Envelopes of the link.
     "envelope: a header above the limit": (lambda: envelope(bytes(64 * 1024 + 1)), read_envelope),
     "envelope: a header of a megabyte, unsigned": (

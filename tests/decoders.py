@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 
 from fedtune.directions.bank import BANKS
 from fedtune.directions.seed_ledger import SeedLedger, decode_ledger, decode_manifest, describe_base
+from fedtune.directions.space import directions
 from fedtune.errors import FedtuneError
 from fedtune.link.envelopes import KIND, verify_envelope
 from fedtune.link.pki import codes, enrollment, roster
@@ -62,6 +63,9 @@ def decoders(folder: Path) -> list[Decoder]:
     request = scores.encode_score_request(test_scores.REQUEST)
     manifest = describe_base({"layer.q.weight": np.ones((4, 6), np.float32)})
     ledger = SeedLedger(BANKS["hadamard"](64, 7), 20, 3, b"m" * 32, np.arange(64, dtype="<i4"))
+    grouped = SeedLedger(
+        directions("hadamard", 8, [7, 8], "tensor", [1, 3, 4, 9]), 20, 3, b"m" * 32, np.arange(64, dtype="<i4")
+    )
     signed_roster = roster.encode(ROSTER, ROOT)
     payload, _ = roster.parse_dsse(signed_roster, roster.KIND, "roster")
     record = roster.canonical_json({"epoch": 1, "kind": "open", "n": 0, "prev": "", "unix_ms": 5, "round": 1})
@@ -102,6 +106,7 @@ def decoders(folder: Path) -> list[Decoder]:
             "scores", scores.encode_scores(test_scores.SCORES), lambda data: scores.decode_scores(data, client="ann")
         ),
         Decoder("seed ledger", ledger.encode(), decode_ledger),
+        Decoder("seed ledger of groups", grouped.encode(), decode_ledger),
         Decoder("manifest", manifest.encode(), decode_manifest),
         Decoder("envelope", good.SerializeToString(), read_envelope),
         Decoder("signed header", good.header, read_signed_header),

@@ -1,6 +1,7 @@
 """What a cohort's scalars add to the accumulators, and how accumulators travel: whole, as a change, or as a log.
 
-In every form a client gets the same K integers; it checks the digest of what it has put together.
+In every form a client gets the same integers; it checks the digest of what it has put together. A log serves one bank
+of one group alone: elsewhere a client would have to know which round drew along which bank.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ ROUND_HEADER = struct.Struct("<BH")
 """Shift and number of clients."""
 UPDATE_HEADER = struct.Struct("<QBH")
 """Sample key, weight and number of scalars."""
+FIRST_BANK = struct.Struct("<H")
+"""Of a change over several banks: how many of the oldest ones are as they were, and left out."""
 INT16 = 2**15
 
 SampleIds = Callable[[int, int], Array]
@@ -85,12 +88,12 @@ def increments(sums: Array, total: int, shift: int) -> Array:
 
 
 def encode_whole(accumulators: Array) -> bytes:
-    """Return all K integers, in 16 bits where all fit, else in 32."""
+    """Return all integers, in 16 bits where all fit, else in 32."""
     return bytes(accumulators.astype("<i2" if fits_16_bits(accumulators) else "<i4").tobytes())
 
 
 def decode_whole(data: bytes, size: int) -> Array:
-    """Return the accumulators that were encoded, int32 (K,).
+    """Return the accumulators that were encoded, int32 (size,).
 
     Raises:
         WireError: if the length is that of neither form.
@@ -100,29 +103,53 @@ def decode_whole(data: bytes, size: int) -> Array:
     return np.frombuffer(data, "<i2" if len(data) == 2 * size else "<i4").astype(np.int32)
 
 
-def encode_changed(accumulators: Array, known: Array) -> bytes:
-    """Return a bit per seed and the new value of each that differs from the known one, in 16 bits where all fit."""
-    differs = accumulators != known
-    return np.packbits(differs, bitorder="little").tobytes() + encode_whole(accumulators[differs])
+def encode_changed(accumulators: Array, known: Array, *, banks: int = 1) -> bytes:
+    """Return a bit per number and the new value of each that differs from the known one, in 16 bits where all fit.
+
+    Args:
+        accumulators: of all banks, oldest first.
+        known: those that the client knows; of fewer banks, where later ones were new since, which begin with zeros.
+        banks: how many the accumulators are of. Of several, the oldest that are as they were take no bits.
+    """
+    differs = accumulators != pad_zeros(known, len(accumulators))
+    if banks == 1:
+        return np.packbits(differs, bitorder="little").tobytes() + encode_whole(accumulators[differs])
+    changed = differs.reshape(banks, -1).any(axis=1)
+    same = int(np.argmax(changed)) if changed.any() else banks
+    start = same * (len(accumulators) // banks)
+    return FIRST_BANK.pack(same) + encode_changed(accumulators[start:], pad_zeros(known, len(accumulators))[start:])
 
 
-def decode_changed(data: bytes, known: Array) -> Array:
-    """Return the accumulators, int32 (K,), given those that the client knows.
+def decode_changed(data: bytes, known: Array, *, banks: int = 1) -> Array:
+    """Return the accumulators, int32 (size,), given as many that the client knows, zeros for those of new banks.
 
     Raises:
         WireError: if the length does not fit the bits.
     """
-    size, front = len(known), -(-len(known) // 8)
+    accumulators = np.array(known, np.int32)
+    start = 0
+    if banks > 1:
+        same = FIRST_BANK.unpack_from(data)[0] if len(data) >= FIRST_BANK.size else banks + 1
+        if same > banks:
+            raise WireError(f"accumulators: expected at most {banks} banks as they were; got {bytes(data[:2])!r}")
+        data, start = data[FIRST_BANK.size :], same * (len(known) // banks)
+    size = len(known) - start
+    front = -(-size // 8)
     differs = np.unpackbits(np.frombuffer(data[:front], np.uint8), bitorder="little")
     count, rest = int(differs.sum()), len(data) - front
     if len(data) < front or differs[size:].any() or rest not in (2 * count, 4 * count):
         raise WireError(
             f"accumulators: expected {front} bytes of bits and {count} values of 2 or 4; got {len(data)} bytes"
         )
-    accumulators = np.array(known, np.int32)
     if count:
-        accumulators[differs[:size] == 1] = np.frombuffer(data, "<i2" if rest == 2 * count else "<i4", offset=front)
+        values = np.frombuffer(data, "<i2" if rest == 2 * count else "<i4", offset=front)
+        accumulators[start:][differs[:size] == 1] = values
     return accumulators
+
+
+def pad_zeros(accumulators: Array, size: int) -> Array:
+    """Return accumulators with zeros for those of banks that are new since."""
+    return np.concatenate([accumulators, np.zeros(size - len(accumulators), accumulators.dtype)])
 
 
 def encode_log(rounds: Sequence[LoggedRound]) -> bytes:

@@ -19,7 +19,7 @@ from fedtune.directions.downlink import MAX_SHIFT
 from fedtune.directions.rebuild_numpy import EXPONENTS
 from fedtune.directions.sampling import paper_probabilities, repaired_probabilities
 from fedtune.directions.seed_ledger import Manifest, SeedLedger
-from fedtune.directions.space import directions, group_faults
+from fedtune.directions.space import directions, group_faults, plain_banks
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import OMIT_DEFAULT, BankName, Estimator, Sampling, SeedState, Verb, Weighting
 from fedtune.methods.serialization import NOT_PERSISTED, OMIT_EMPTY
@@ -190,7 +190,7 @@ class FedKSeedState:
     @cached_property
     def sums(self) -> Array:
         """A, int32 (banks x groups x K,); zeros of a bank that is new in the coming round."""
-        return pad_zeros(self.accumulators["a"], self.bank.size)
+        return downlink.pad_zeros(self.accumulators["a"], self.bank.size)
 
     @cached_property
     def bank(self) -> DirectionBank:
@@ -262,19 +262,14 @@ class FedKSeedState:
         forms = {"whole": downlink.encode_whole(self.sums)}
         if self.settings.sync == "auto":
             # A client that holds nothing starts from zeros, so that a young run sends it only what has moved.
-            known = pad_zeros(self.past[str(since)], len(self.sums)) if since else np.zeros_like(self.sums)
-            forms["changed"] = downlink.encode_changed(self.sums, known)
+            known = self.past[str(since)] if since else np.zeros_like(self.sums)
+            forms["changed"] = downlink.encode_changed(self.sums, known, banks=len(plain_banks(self.bank)))
             missed = [str(number) for number in range(since + 1, self.round + 1)]
             # Every missed round or none: with a gap, a client would end at other sums.
             if set(missed) <= self.log.keys() and len(self.sums) == self.settings.seeds:
                 forms["log"] = b"".join(self.log[number].tobytes() for number in missed)
         form, data = downlink.shortest_form(forms)
         return SeedState(form, 0 if form == "whole" else since, data, self.round, self.digest)  # type: ignore[arg-type]
-
-
-def pad_zeros(accumulators: Array, size: int) -> Array:
-    """Return accumulators with zeros behind them, those of directions that were drawn later."""
-    return np.concatenate([accumulators, np.zeros(size - len(accumulators), accumulators.dtype)])
 
 
 def bank_key(seed: int, number: int) -> int:

@@ -10,37 +10,54 @@ import numpy as np
 from fedtune.directions import downlink
 from fedtune.directions import sampling as sampling_module
 from fedtune.directions.bank import DirectionBank, headroom
+from fedtune.directions.blocks import Groups
 from fedtune.directions.seed_ledger import SeedLedger
+from fedtune.directions.space import Grouped, plain_banks
 from fedtune.errors import ConfigError, WireError
 from fedtune.messages import SeedState
 from fedtune.tensors import Array
 
-Key = tuple[str, int, int, bytes]
+Key = tuple[str, int, Groups, tuple[int, ...], int, bytes]
+"""Of a run: its kind of bank, K, its groups and the tensors that are some, the key of its first bank, the manifest."""
+
+REMEMBERED = 2**22
+"""Numbers of all remembered rounds of a run, 16 MiB; two rounds are remembered however many numbers they have."""
 
 
 class Replicas:
     """Accumulators by run and round, the last `downlink.MAX_LOG` rounds of each run; lost with its process."""
 
     def __init__(self) -> None:
-        self._rounds: dict[Key, dict[int, Array]] = {}
+        self._rounds: dict[Key, dict[int, SeedLedger]] = {}
 
     def get(self, bank: DirectionBank, manifest: bytes, round: int) -> Array | None:
-        """Return the accumulators after a round of a run, None if they are not stored; round 0 is all zeros."""
+        """Return the accumulators after a round of a run, None if they are not stored; round 0 is all zeros.
+
+        They have zeros for the banks that were new since.
+        """
         if round == 0:
             return np.zeros(bank.size, np.int32)
-        return self._rounds.get(self._key(bank, manifest), {}).get(round)
+        ledger = self._rounds.get(self._key(bank, manifest), {}).get(round)
+        if ledger is None:
+            return None
+        then = [plain.key for plain in plain_banks(ledger.bank)]
+        # A run of other later banks is another one, whatever it has in common with this one.
+        if then != [plain.key for plain in plain_banks(bank)][: len(then)]:
+            return None
+        return downlink.pad_zeros(ledger.accumulators, bank.size)
 
     def store(self, ledger: SeedLedger) -> None:
         """Store a ledger's accumulators, and drop those of rounds that no log can span any more."""
         key = self._key(ledger.bank, ledger.manifest)
-        oldest = ledger.round - downlink.MAX_LOG
+        oldest = ledger.round - min(downlink.MAX_LOG, max(1, REMEMBERED // ledger.bank.size))
         # Of later rounds too: a server that was set back would send changes of a history that is no more.
-        before = {round: sums for round, sums in self._rounds.get(key, {}).items() if oldest <= round < ledger.round}
-        self._rounds[key] = {**before, ledger.round: ledger.accumulators}
+        before = {round: one for round, one in self._rounds.get(key, {}).items() if oldest <= round < ledger.round}
+        self._rounds[key] = {**before, ledger.round: ledger}
 
     @staticmethod
     def _key(bank: DirectionBank, manifest: bytes) -> Key:
-        return bank.name, bank.size, bank.key, manifest
+        groups, tensors = (bank.groups, bank.tensors) if isinstance(bank, Grouped) else (1, ())
+        return bank.name, bank.seeds, groups, tensors, plain_banks(bank)[0].key, manifest
 
 
 def restore(
@@ -66,10 +83,10 @@ def restore(
     if state.form != "whole" and known is None:
         return None
     sums = read_accumulators(
-        state, known, partial(sampling_module.sample_ids, size=bank.seeds, sampling=sampling), bank.size
+        state, known, partial(sampling_module.sample_ids, size=bank.seeds, sampling=sampling), bank
     )
     # Clipped to 32 bits, beyond which one is refused anyhow: the sum of such numbers could wrap around.
-    if len(sums) != bank.size or headroom(bank, np.clip(sums, -(2**31), 2**31 - 1)) < 0:
+    if headroom(bank, np.clip(sums, -(2**31), 2**31 - 1)) < 0:
         raise WireError("accumulators: expected sums that fit into 32 bits; got larger ones")
     ledger = SeedLedger(bank, exponent, state.round, manifest, sums.astype(np.int32))
     if ledger.digest != state.digest:
@@ -86,7 +103,7 @@ def restore(
 
 
 def read_accumulators(
-    state: SeedState, known: Array | None, sample_ids: Callable[[int, int], Array], size: int
+    state: SeedState, known: Array | None, sample_ids: Callable[[int, int], Array], bank: DirectionBank
 ) -> Array:
     """Return the accumulators that a message describes, given those that the client knows.
 
@@ -94,10 +111,12 @@ def read_accumulators(
         WireError: if the message cannot be read.
     """
     if state.form == "whole":
-        return downlink.decode_whole(state.data, size)
+        return downlink.decode_whole(state.data, bank.size)
     assert known is not None  # `restore` has checked
     if state.form == "changed":
-        return downlink.decode_changed(state.data, known)
+        return downlink.decode_changed(state.data, known, banks=len(plain_banks(bank)))
+    if bank.size != bank.seeds:
+        raise WireError("log: expected one bank of one group; got several; send the numbers whole, or what changed")
     rounds = downlink.decode_log(state.data)
     if len(rounds) != state.round - state.since:
         raise WireError(f"log: expected the rounds {state.since + 1} to {state.round}; got {len(rounds)} of them")

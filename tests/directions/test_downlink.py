@@ -23,6 +23,7 @@ from fedtune.directions.downlink import (
     encode_log,
     encode_whole,
     increments,
+    pad_zeros,
     replay_log,
     shortest_form,
     weighted_sum,
@@ -163,6 +164,50 @@ def test_a_bit_for_a_seed_that_does_not_exist_is_refused() -> None:
     assert decode_changed(bytes([0b1000, 9, 0]), known).tolist() == [0, 0, 0, 9]
     with pytest.raises(WireError, match="bytes of bits"):
         decode_changed(bytes([0b1_0000, 9, 0]), known)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), banks=st.integers(2, 5), size=st.sampled_from([1, 8, 24]))
+def test_changes_over_several_banks_come_back_whatever_the_client_knew(
+    data: st.DataObject, banks: int, size: int
+) -> None:
+    sums, fewer = data.draw(of(banks * size)), data.draw(st.integers(0, banks))
+    same = data.draw(st.integers(0, fewer))
+    known = np.concatenate([sums[: same * size], data.draw(of((fewer - same) * size))])
+    encoded = encode_changed(sums, known, banks=banks)
+    again = decode_changed(encoded, pad_zeros(known, banks * size), banks=banks)
+    assert again.dtype == np.int32
+    assert again.tolist() == sums.tolist()
+
+
+def test_banks_that_are_as_they_were_cost_two_bytes_together() -> None:
+    sums = np.arange(1, 33, dtype=np.int32)
+    known = sums.copy()
+    known[29] += 1
+    # Three banks of eight left out; of the last, the sixth number is 30.
+    assert encode_changed(sums, known, banks=4) == b"\x03\x00" + b"\x20" + b"\x1e\x00"
+    assert encode_changed(sums, sums, banks=4) == b"\x04\x00"
+    # A client that knows three banks only: the fourth is sent as what changed from zero.
+    assert encode_changed(sums, sums[:24], banks=4) == b"\x03\x00\xff" + sums[24:].astype("<i2").tobytes()
+    assert pad_zeros(sums[:2], 4).tolist() == [1, 2, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "wrong", [b"", b"\0", b"\5\0", b"\xff\xff", b"\4\0\0", b"\3\0", b"\3\0\1\0", b"\3\0\1\0\0\0", b"\0\0\1\0\0"]
+)
+def test_changes_over_several_banks_that_lie_are_refused(wrong: bytes) -> None:
+    known = np.arange(32, dtype=np.int32)
+    with pytest.raises(WireError, match="accumulators: expected"):
+        decode_changed(wrong, known, banks=4)
+
+
+@settings(deadline=None)
+@given(data=st.binary(max_size=60), banks=st.integers(1, 4))
+def test_arbitrary_bytes_of_a_change_raise_nothing_but_a_wire_error(data: bytes, banks: int) -> None:
+    known = np.arange(8 * banks, dtype=np.int32)
+    with suppress(WireError):
+        assert decode_changed(data, known, banks=banks).shape == known.shape
+    assert known.tolist() == list(range(8 * banks))
 
 
 def test_a_log_cut_within_a_round_is_refused_and_cut_between_two_is_a_shorter_log() -> None:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.directions.consistency import STATE
+from fedtune.directions.downlink import pad_zeros
 from fedtune.directions.numbers import LARGEST_NUMBER
 from fedtune.directions.seed_ledger import decode_ledger
 from fedtune.messages import (
@@ -33,7 +34,7 @@ from fedtune.messages import (
     Weight,
 )
 from fedtune.methods.fedkseed import METHOD
-from fedtune.methods.fedkseed_state import DESCENDING, FedKSeedSettings, FedKSeedState, bank_key, faults, pad_zeros
+from fedtune.methods.fedkseed_state import DESCENDING, FedKSeedSettings, FedKSeedState, bank_key, faults
 from fedtune.methods.serialization import decode, digest, encode
 from fedtune.wire.codec import decode_assignment, encode_assignment
 from tests.methods.test_fedkseed import BASE, MODULES, SEED, drawn

@@ -13,6 +13,7 @@ from fedtune.directions.downlink import MAX_LOG, LoggedRound, LoggedUpdate
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.seed_ledger import SeedLedger
+from fedtune.directions.space import directions, plain_banks
 from fedtune.errors import WireError
 from fedtune.messages import SeedState
 from fedtune.probing.replica import Replicas, restore
@@ -251,3 +252,106 @@ def test_a_log_whose_draws_cannot_be_made_is_refused(sampling: str, steps: int) 
     log = [LoggedRound(4, [LoggedUpdate(3, 1, np.ones(steps, np.int8))])]
     with pytest.raises(WireError):
         read(SeedState("log", 0, downlink.encode_log(log), 1, bytes(32)), Replicas(), sampling=sampling)
+
+
+KEYS = (SEED, 5, 6)
+
+
+class Redrawn:
+    """A run of two groups that redraws after two rounds and after four."""
+
+    def __init__(self) -> None:
+        rng = generator(8)
+        self.ledgers = [self.at(0, np.zeros(16, np.int32))]
+        for round in range(1, 7):
+            bank = self.bank(round)
+            sums = downlink.pad_zeros(self.ledgers[-1].accumulators, bank.size)
+            sums[bank.newest] += rng.integers(-999, 999, 16).astype(np.int32)
+            self.ledgers.append(self.at(round, sums))
+
+    def bank(self, round: int) -> DirectionBank:
+        """Return the directions along which a round has moved."""
+        return directions("hadamard", 8, KEYS[: 1 + max(0, round - 1) // 2], 2)
+
+    def at(self, round: int, sums: Array) -> SeedLedger:
+        return SeedLedger(self.bank(round), E, round, BASE, sums)
+
+    def sent(self, form: Any, round: int, since: int = 0) -> SeedState:
+        now = self.ledgers[round]
+        banks = len(plain_banks(now.bank))
+        data = {
+            "whole": lambda: downlink.encode_whole(now.accumulators),
+            "changed": lambda: downlink.encode_changed(
+                now.accumulators, self.ledgers[since].accumulators if since else now.accumulators * 0, banks=banks
+            ),
+        }[form]()
+        return SeedState(form, since, data, round, now.digest)
+
+    def arrives(self, state: SeedState, replicas: Replicas) -> bool:
+        found = read(state, replicas, bank=self.bank(state.round))
+        assert found is None or found.encode() == self.ledgers[state.round].encode()
+        return found is not None
+
+
+REDRAWN = Redrawn()
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_client_follows_a_run_whose_banks_are_redrawn(step: int) -> None:
+    replicas = Replicas()
+    assert all(
+        REDRAWN.arrives(REDRAWN.sent("changed", round, round - step), replicas) for round in range(step, 7, step)
+    )
+    assert REDRAWN.arrives(REDRAWN.sent("whole", 6), Replicas())
+    assert REDRAWN.arrives(REDRAWN.sent("changed", 6), Replicas())
+
+
+def test_a_change_of_the_newest_bank_alone_does_not_grow_with_the_banks_before_it() -> None:
+    sizes = [len(REDRAWN.sent("changed", round, round - 1).data) for round in range(1, 7)]
+    assert sizes == [2 + 32, 2 + 32, *[2 + 2 + 32] * 4]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        directions("hadamard", 8, [SEED, 9], 2),
+        directions("hadamard", 8, [9, 5], 2),
+        directions("hadamard", 8, [SEED, 5], 4),
+        directions("hadamard", 16, [SEED, 5]),
+        directions("hadamard", 8, [SEED, 5], "tensor", [1, 2]),
+        directions("hadamard", 8, [SEED], 2),
+        directions("hadamard", 16, [SEED]),
+        directions("gaussian", 8, [SEED, 5], 2),
+    ],
+)
+def test_runs_of_other_groups_or_banks_share_nothing(other: DirectionBank) -> None:
+    replicas = Replicas()
+    assert REDRAWN.arrives(REDRAWN.sent("whole", 4), replicas)
+    assert replicas.get(other, BASE, 4) is None
+    assert replicas.get(REDRAWN.bank(5), BASE, 4) is not None
+
+
+def test_tensors_that_are_groups_are_part_of_what_is_remembered() -> None:
+    one, other = (directions("hadamard", 8, [SEED], "tensor", tensors) for tensors in ((1, 2), (1, 3)))
+    replicas = Replicas()
+    replicas.store(SeedLedger(one, E, 2, BASE, np.ones(16, np.int32)))
+    assert replicas.get(one, BASE, 2) is not None
+    assert replicas.get(other, BASE, 2) is None
+
+
+def test_a_log_over_several_banks_or_groups_is_refused() -> None:
+    state = SeedState("log", 0, b"", 0, bytes(32))
+    with pytest.raises(WireError, match="log: expected one bank of one group"):
+        read(state, Replicas(), bank=REDRAWN.bank(2))
+
+
+def test_of_many_numbers_two_rounds_are_remembered() -> None:
+    bank, replicas = directions("hadamard", 4096, [SEED], 64), Replicas()
+    for round in range(1, 20):
+        replicas.store(SeedLedger(bank, E, round, BASE, np.zeros(bank.size, np.int32)))
+    held = [round for round in range(1, 20) if replicas.get(bank, BASE, round) is not None]
+    assert held == list(range(3, 20))
+    large = directions("hadamard", 4096, range(16), 64)
+    for round in range(1, 5):
+        replicas.store(SeedLedger(large, E, round, BASE, np.broadcast_to(np.int32(0), large.size)))
+    assert [round for round in range(1, 5) if replicas.get(large, BASE, round) is not None] == [3, 4]
