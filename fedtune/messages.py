@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, TypeAlias
 
+from fedtune.class_sums import ClassSums
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import BlockLayout, ModelStructure
 from fedtune.tasks import (
@@ -27,6 +28,7 @@ from fedtune.tasks import (
     ScalarBits,
     SeedState,
     SeedTask,
+    SumClasses,
     TailRank,
     Task,
     Term,
@@ -76,6 +78,7 @@ __all__ = [
     "SeedState",
     "SeedTask",
     "Size",
+    "SumClasses",
     "TailRank",
     "Task",
     "Term",
@@ -93,10 +96,10 @@ __all__ = [
 ]
 
 Weighting: TypeAlias = Literal["examples", "uniform"]
-Role: TypeAlias = Literal["change", "factors", "saved", "scalars", "numbers", "mean"]
+Role: TypeAlias = Literal["change", "factors", "saved", "scalars", "numbers", "features", "mean"]
 """Parts of an update's change that are bounded apart: the layers' products b a, the factors' own numbers,
 modules_to_save, the scalars of seeds that were measured, the numbers of those that a client moved by first-order steps,
-and what a `LinearMethod` takes the mean of."""
+the root mean square of features that are summed, and what a `LinearMethod` takes the mean of."""
 MOVES: Sequence[Role] = ("change", "saved", "scalars", "numbers")
 """The roles by which the model itself moves."""
 
@@ -153,6 +156,12 @@ class Assignment:
     def descend(self) -> DescendSeeds:
         """The task, where it is known to be this one."""
         assert isinstance(self.task, DescendSeeds)
+        return self.task
+
+    @property
+    def sums(self) -> SumClasses:
+        """The task, where it is known to be this one."""
+        assert isinstance(self.task, SumClasses)
         return self.task
 
 
@@ -257,7 +266,7 @@ class ClientUpdate:
     client: str
     round: int
     num_examples: int
-    result: LoraResult | SeedResult
+    result: LoraResult | SeedResult | ClassSums
     measured: Measured = Measured()
 
     @property
@@ -282,6 +291,12 @@ class ClientUpdate:
     def seeds(self) -> SeedResult:
         """The result, where the task is known to have been one of seeds."""
         assert isinstance(self.result, SeedResult)
+        return self.result
+
+    @property
+    def class_sums(self) -> ClassSums:
+        """The result, where the task is known to have been `SumClasses`."""
+        assert isinstance(self.result, ClassSums)
         return self.result
 
 
@@ -414,6 +429,11 @@ class AdmittedUpdate:
         """The result, of a method whose tasks are of seeds."""
         return self.update.seeds
 
+    @property
+    def class_sums(self) -> ClassSums:
+        """The result, of a round whose task is `SumClasses`."""
+        return self.update.class_sums
+
 
 OUT_OF_MEMORY = "memory ran out"
 """In the text of the error of a client whose device could not hold what it was asked; see `Failure.from_text`."""
@@ -515,6 +535,8 @@ class Blueprint:
     """By which pruned models are repaired, where the recipe names a ranking; empty where clients measure them."""
     verbs: tuple[Verb, ...] = ()
     """What clients may be asked to do, sorted, where the method leaves that open; empty: what it does by itself."""
+    classes: int = 0
+    """Of a classifier whose head is made of class sums in the first round; 0 for all others."""
 
 
 def cohort_weights(updates: Sequence[AdmittedUpdate], weights: Weighting) -> Sequence[tuple[AdmittedUpdate, float]]:

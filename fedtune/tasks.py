@@ -287,6 +287,14 @@ class ProbeSeeds:
 
 
 @dataclass(frozen=True)
+class SumClasses:
+    """The task to sum the features that a classifier's head reads, by class; nothing is trained. See `class_sums`."""
+
+    fraction_bits: int
+    """Features are rounded to whole numbers of 2^-fraction_bits."""
+
+
+@dataclass(frozen=True)
 class DescendSeeds:
     """The task to move the numbers of seeded directions by first-order steps, and to send what each has moved by.
 
@@ -309,6 +317,6 @@ class DescendSeeds:
 
 
 SeedTask: TypeAlias = ProbeSeeds | DescendSeeds
-Task: TypeAlias = TrainLora | SeedTask
+Task: TypeAlias = TrainLora | SeedTask | SumClasses
 VERBS: Mapping[type[Task], Verb] = {TrainLora: "adapt", ProbeSeeds: "probe", DescendSeeds: "descend"}
 """The names of the tasks in recipes."""

@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("seeds",),
     ("tensors", "data"),
     ("directions", "lora", "number_formats"),
-    ("pruning",),
+    ("pruning", "class_sums"),
     ("tasks",),
     ("messages",),
     ("probing",),

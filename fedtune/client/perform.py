@@ -31,12 +31,14 @@ from fedtune.messages import (
     Plan,
     ProbeSeeds,
     Pruning,
+    SumClasses,
     Training,
     TrainLora,
 )
 from fedtune.model import libraries, module_importance, pruned_training
 from fedtune.model.base import Base, check_packing, to_numpy
 from fedtune.model.batches import Batch, collate
+from fedtune.model.class_sums import sum_classes
 from fedtune.model.lora import frozen_change, read_local, start, with_adapters
 from fedtune.model.moments import Moments
 from fedtune.model.objective import Hooks
@@ -94,6 +96,9 @@ def perform(
                 return measure_seeds(prober, examples, assignment, task, replicas or Replicas(), held_out, on_step)
             case DescendSeeds():
                 raise ClientError(f"{assignment.plan.client}: expected a task to probe or to train; got one to descend")
+            case SumClasses():
+                check_base(assignment, base)
+                return sum_classes(base, examples, assignment, on_step=on_step)
             case TrainLora() as task:
                 return train_adapter(base, examples, assignment, task, held_out, on_step, shares)
 
@@ -135,8 +140,7 @@ def train_adapter(
     plan, assignment = assignment.plan, in_numbers(assignment, "global", "local")
     task = assignment.lora
     # Before training: hours of work on another base would only be refused in the end.
-    if assignment.base and assignment.base != base.digest:
-        raise wrong_base(assignment, base)
+    check_base(assignment, base)
     coded = plan.base_dtype or quantised_format(base.dtype)
     if coded and (task.pruning is not None or plan.ratio > 0):
         raise ClientError(
@@ -198,11 +202,17 @@ def examples_seen(training: Training) -> int:
     return training.steps * training.batch * training.accumulation
 
 
-def wrong_base(assignment: Assignment, base: Base) -> ClientError:
-    return ClientError(
-        f"{assignment.plan.client}: expected base {assignment.base[:12]}; has {base.digest[:12]} ({base.name}); "
-        "load the same model in the same revision and dtype"
-    )
+def check_base(assignment: Assignment, base: Base) -> None:
+    """Refuse an assignment that is for another base.
+
+    Raises:
+        ClientError: naming both.
+    """
+    if assignment.base and assignment.base != base.digest:
+        raise ClientError(
+            f"{assignment.plan.client}: expected base {assignment.base[:12]}; has {base.digest[:12]} ({base.name}); "
+            "load the same model in the same revision and dtype"
+        )
 
 
 @dataclass(frozen=True)

@@ -278,6 +278,24 @@ def target_faults(recipe: Recipe) -> Iterator[Fault]:
         yield Fault("adapter.modules_to_save", expected, display(module), hint)
 
 
+def head_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Refuse a head from class sums where there are no classes, another head already, or no round after it."""
+    adapter = recipe.adapter
+    if adapter.head == "drawn":
+        return
+    got = display(adapter.head)
+    if recipe.model.task != "classification":
+        yield Fault("adapter.head", "drawn without classes", got, 'set model.task = "classification", or leave it out')
+    if adapter.start is not None:
+        expected = "drawn with adapter.start, which brings the head that the run trains on"
+        yield Fault("adapter.head", expected, got, "leave one of them out")
+    if recipe.rounds.count < 2:
+        expected = f"at least 2 with adapter.head = {got}, whose first round trains nothing"
+        yield Fault("rounds.count", expected, str(recipe.rounds.count))
+    if method_type_of(recipe).task is ProbeSeeds:
+        yield Fault("adapter.head", f"drawn with {recipe.method.name!r}", got, "leave it out, or choose another method")
+
+
 READ_BY_SEED_METHODS = ("steps", "epochs", "batch", "learning_rate")
 """Keys of the table `client` that steps along seeds have as well."""
 IDLE: Mapping[str, Any] = {
@@ -422,6 +440,7 @@ RULES: Sequence[Rule] = (
     torch_device_faults,
     quantised_base_faults,
     target_faults,
+    head_faults,
     rank_faults,
     training_length_faults,
     momentum_faults,

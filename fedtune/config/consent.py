@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 from fedtune.config.order_rules import FREE, Comparison, Difference, Rule, numbers_text, short_text
@@ -38,6 +39,7 @@ from fedtune.messages import (
     Training,
     TrainLora,
 )
+from fedtune.methods import class_head
 from fedtune.planning.planner import PlanChoices, lora_scale, optimizer_steps, steps_of_share
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import BlockLayout
@@ -178,7 +180,11 @@ def permitted_order(recipe: Recipe, allowed: Permitted, profile: ClientProfile, 
         blueprint = replace(blueprint, modules=model.modules, saved=model.saved, manifest=model.manifest)
     state = replace(method.init(blueprint, recipe.method), round=order.round - 1)
     planned = with_permitted_verb(recipe, PlannedClient(permitted_plan(recipe, allowed, profile.client, order)), order)
-    assignment = method.assign(state, recipe.seed, with_probing_steps(planned, profile.num_examples, recipe, order))
+    planned = with_probing_steps(planned, profile.num_examples, recipe, order)
+    assign = method.assign
+    if recipe.adapter.head == "lda" and order.round == 1:
+        assign = partial(class_head.assign, method.name)
+    assignment = assign(state, recipe.seed, planned)
     assignment = replace(assignment, base=recipe.model.digest or profile.foundation.base)
     # Through the codec, as the order came: not all of a setting travels, and some of it rounded.
     return decode_outline(encode_assignment(assignment).header)
@@ -229,7 +235,8 @@ def first_order(recipe: Recipe, client: str, num_examples: int) -> Assignment:
     """
     allowed = permission(recipe, client, num_examples)
     plan = Plan(client, min(allowed.choices.ranks or (1,)), 1.0, allowed.training)
-    asked = Assignment(recipe.method.name, recipe.rounds.warmup + 1, 0, plan, TrainLora(a_key=0))
+    trains = 2 if recipe.adapter.head == "lda" else 1  # the first round in which a client does
+    asked = Assignment(recipe.method.name, max(trains, recipe.rounds.warmup + 1), 0, plan, TrainLora(a_key=0))
     return permitted_order(recipe, allowed, ClientProfile(client, num_examples, ModelSpec("", {})), asked)
 
 
@@ -254,6 +261,8 @@ def permission_texts(recipe: Recipe, client: str) -> Mapping[str, str]:
         "whole": "none" if probe else whole,
         "scores": f"of {rows} held-out rows, after each evaluation" if settings.clients else "never",
     }
+    if recipe.adapter.head == "lda":
+        texts["head"] = "in round 1, how many examples of each class it has, and the sums of their features"
     texts |= {} if probe else arm_texts(allowed.choices)
     return texts if probe else {**texts, "bytes": f"the factors in {number_format(recipe)}; those in full in fp32"}
 

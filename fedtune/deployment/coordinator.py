@@ -46,7 +46,7 @@ from fedtune.link.server.metrics import Metrics, serve_health
 from fedtune.link.server.run_info import RunInfo
 from fedtune.link.server.server import serve_link
 from fedtune.link.settings import LinkSettings
-from fedtune.messages import Blueprint, DescendSeeds, Failure, ProbeSeeds, Task, TrainLora
+from fedtune.messages import Blueprint, DescendSeeds, Failure, ProbeSeeds, SumClasses, Task, TrainLora
 from fedtune.rounds.admission import largest_update
 from fedtune.runs.resume import as_started, check_resumable, write_options
 from fedtune.runs.runner import run_recipe
@@ -272,7 +272,11 @@ def max_update_bytes(front: bytes, blueprint: Blueprint) -> int:
     message = parse(round_pb2.Assignment(), front)
     if message.verb == round_pb2.SCORE:
         return MAX_SCORES_BYTES
-    verbs: Mapping[int, type[Task]] = {round_pb2.PROBE: ProbeSeeds, round_pb2.DESCEND: DescendSeeds}
+    verbs: Mapping[int, type[Task]] = {
+        round_pb2.PROBE: ProbeSeeds,
+        round_pb2.DESCEND: DescendSeeds,
+        round_pb2.SUM: SumClasses,
+    }
     descend = message.descend
     scalars = (message.probe.steps, descend.probe.steps, -(-descend.count * descend.bits // 8))
     return largest_update(

@@ -23,7 +23,7 @@ from fedtune.rounds.site_scores import ask_scores
 from fedtune.runs.base_checks import check_pruning, check_ranks
 from fedtune.runs.context import Door, ModelScores, RunContext
 from fedtune.runs.fleet import fleet_of
-from fedtune.runs.start import check_start_base, start_adapter, start_state
+from fedtune.runs.start import check_start_base, first_round, start_adapter, start_state
 from fedtune.store import peft
 from fedtune.store.pruning import read_moments, read_ranking
 from fedtune.store.run_journal import RunJournal
@@ -78,6 +78,7 @@ def server_context(
         anatomy=common.anatomy,
         pruning=recipe.pruning,
         verbs=possible_verbs(recipe),
+        classes=len(common.labels) if recipe.adapter.head == "lda" else 0,
     )
     if recipe.pruning is not None and common.anatomy is None:
         raise ConfigError(
@@ -100,6 +101,7 @@ def server_context(
     start = start_adapter(recipe)
     check_start_base(start, common.base)
     start_state(recipe, blueprint)
+    first_round(recipe, blueprint, common.labels)
     return RunContext(
         expected=devices.planned_costs,
         recipe=recipe,

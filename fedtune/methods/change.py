@@ -39,6 +39,8 @@ class Change:
     """Of seeds that were measured."""
     numbers: Tensors = field(default_factory=dict)
     """What accumulators move by, where a client has descended."""
+    features: Tensors = field(default_factory=dict)
+    """Of a `SumClasses` task: the root mean square of each."""
     start: float = 0.0
     """Squared norm of the factors before training, or a little more: weight decay moves them in proportion to it."""
     rounded: float = 0.0
@@ -90,6 +92,7 @@ def change_of(
             # Of another size than scalars: these are bounded apart, in the accumulators' own units.
             yield Change(numbers={"numbers": np.ldexp(result.numbers.astype(np.float32), result.shift)})
         return
+    task = assignment.lora
     # Numbers, where codes were sent: a client starts from what it could decode.
     task = replace(task, blobs={role: from_wire(tensors) for role, tensors in task.blobs.items() if role == "local"})
     sent, ranks = update.lora.tensors, assignment.plan.rank_of(blueprint.modules)
@@ -179,7 +182,14 @@ def saved_change(saved: Tensors, update: AdmittedUpdate) -> Tensors:
 
 def extent_of(parts: Iterable[Change]) -> Extent:
     """Return how much the parts of a change make up together; each is dropped before the next is computed."""
-    squares: dict[Role, dict[str, float]] = {"change": {}, "factors": {}, "saved": {}, "scalars": {}, "numbers": {}}
+    squares: dict[Role, dict[str, float]] = {
+        "change": {},
+        "factors": {},
+        "saved": {},
+        "scalars": {},
+        "numbers": {},
+        "features": {},
+    }
     factors, saved, start, rounded = dict[str, int](), dict[str, int](), 0.0, 0.0
     # Finite numbers may have sums and products that are not, which are computed in here too: no bound admits those.
     with np.errstate(over="ignore", invalid="ignore"):
@@ -194,6 +204,8 @@ def extent_of(parts: Iterable[Change]) -> Extent:
                 squares["scalars"][name] = squared_norm(array)
             for name, array in part.numbers.items():
                 squares["numbers"][name] = squared_norm(array)
+            for name, array in part.features.items():
+                squares["features"][name] = squared_norm(array)
             start, rounded = start + part.start, rounded + part.rounded
     sizes = {role: size_of(parts) for role, parts in squares.items() if parts}
     return Extent(sizes, factors, saved, float(np.sqrt(start)), float(np.sqrt(rounded)))

@@ -101,6 +101,9 @@ class AdapterSettings:
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
     modules_to_save: Sequence[str] = ()
     """Modules trained whole beside the adapter, such as a classification head; the server averages them."""
+    head: Literal["drawn", "lda"] = field(default="drawn", metadata=OMIT_DEFAULT)
+    """First values of a new classification head. drawn: at random, from the seed; lda: by discriminant analysis of sums
+    of each client's features by class, for which the first round asks every client and in which nothing is trained."""
     start: str | None = field(default=None, metadata=OMIT_DEFAULT)
     """Folder of a PEFT adapter, or a run directory, that the run trains on: its global model is that adapter before
     round 1, exactly. `flora` and `fedex` take any ranks, `fedit`, `zeropad`, `hetlora` and `flexlora` up to the largest

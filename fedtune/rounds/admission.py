@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedtune.class_sums import ClassSums, Head, find_head, impossible
 from fedtune.directions.downlink import MAX_SCALAR
 from fedtune.directions.numbers import LARGEST_NUMBER, is_shortest
 from fedtune.errors import ShapeError
@@ -26,6 +27,7 @@ from fedtune.messages import (
     ProbeSeeds,
     Pruning,
     SeedResult,
+    SumClasses,
     TailRank,
     Task,
     Training,
@@ -37,6 +39,7 @@ from fedtune.pruning.least_squares import check_moments, moment_shapes
 from fedtune.pruning.ranking import counts, unit_of
 from fedtune.pruning.structure import BlockLayout, ModelStructure, cuts, from_bitmap, shapes
 from fedtune.tensors import DTYPES, Array, Tensors
+from fedtune.wire.class_sums import largest_bytes
 
 LARGEST = float(np.finfo(np.float32).max) / 2**16
 """Bound on |b| |a| of a module: its change, and the sum of a cohort's, must fit float32."""
@@ -89,6 +92,9 @@ def admit(
             case DescendSeeds() as task:
                 _check_descent(update.result, task, assignment.plan.training.steps or 0)
                 return AdmittedUpdate(update)
+            case SumClasses():
+                _check_sums(update, assignment, head_of(blueprint))
+                return AdmittedUpdate(update)
             case TrainLora() as task:
                 with np.errstate(over="ignore", invalid="ignore"):  # numbers that are not finite are looked for
                     _check_importance(update, assignment.plan, blueprint)
@@ -118,6 +124,9 @@ def largest_update(
         pruned: whether the task says how to prune, which asks for scores or a mask.
         ranks: by module, in sorted order of their names, where they are not all `rank`.
     """
+    if task is SumClasses:
+        head = head_of(blueprint)
+        return largest_bytes(head.classes, head.features)
     if task is not TrainLora:
         return scalar_bytes + 1024
     shapes_in_order = [shape for _, shape in sorted(blueprint.modules.items())]
@@ -144,8 +153,27 @@ def scalar_bytes_of(task: Task, training: Training) -> int:
             # A client that cannot descend sends scalars instead.
             measured = (task.fallback.steps or 0) if task.fallback else 0
             return max(-(-task.count * task.bits // 8), measured)
-        case TrainLora():
+        case TrainLora() | SumClasses():
             return 0
+
+
+def head_of(blueprint: Blueprint) -> Head:
+    """Return the output layer of a classifier that is trained in full."""
+    assert blueprint.classes  # no client is asked for sums without it
+    return find_head({name: array.shape for name, array in blueprint.saved.items()}, blueprint.classes)
+
+
+def _check_sums(update: ClientUpdate, assignment: Assignment, head: Head) -> None:
+    result = update.result
+    if not isinstance(result, ClassSums):
+        raise _RefusedError("TENSOR_NAMES", "sums of features by class", "another result")
+    _check_base(result.base, assignment.base)
+    expected, got = impossible(result, head, update.num_examples)
+    _require(not expected, "SCALAR_RANGE", expected, got, where="class sums")
+
+
+def _check_base(own: str, base: str) -> None:
+    _require(own == base, "WRONG_BASE", f"base digest {base[:16]!r}", f"{own[:16]!r}", "load the base the run uses")
 
 
 def _check_author(update: ClientUpdate, assignment: Assignment) -> None:
@@ -155,7 +183,7 @@ def _check_author(update: ClientUpdate, assignment: Assignment) -> None:
     # The answer to a task of seeds names no base: the digest of its state covers it.
     if isinstance(assignment.task, TrainLora):
         own = update.result.base if isinstance(update.result, LoraResult) else ""
-        _require(own == base, "WRONG_BASE", f"base digest {base[:16]!r}", f"{own[:16]!r}", "load the base the run uses")
+        _check_base(own, base)
     if isinstance(update.result, LoraResult):
         _check_base_format(update.result, assignment.plan.base_dtype)
 
@@ -225,7 +253,7 @@ def _check_importance(update: ClientUpdate, plan: Plan, blueprint: Blueprint) ->
     _require(abs(total - 1) <= WHOLE, "SCORES", "shares of modules whose sum is 1", f"{total:.6g}")
 
 
-def _check_scalars(result: LoraResult | SeedResult, task: ProbeSeeds, steps: int) -> None:
+def _check_scalars(result: LoraResult | SeedResult | ClassSums, task: ProbeSeeds, steps: int) -> None:
     """Check an answer to a `ProbeSeeds` task, apart from what only the method's state can tell."""
     if not isinstance(result, ProbeResult):
         got = "tensors" if isinstance(result, LoraResult) else "numbers of a client that descends"
@@ -250,7 +278,7 @@ def _check_scalars(result: LoraResult | SeedResult, task: ProbeSeeds, steps: int
         raise _RefusedError("SCALAR_RANGE", f"scalars from -{MAX_SCALAR} to {MAX_SCALAR}", f"{result.scalars.min()}")
 
 
-def _check_descent(result: LoraResult | SeedResult, task: DescendSeeds, steps: int) -> None:
+def _check_descent(result: LoraResult | SeedResult | ClassSums, task: DescendSeeds, steps: int) -> None:
     """Check an answer to a `DescendSeeds` task, which is one to its fallback where the client could only measure."""
     if isinstance(result, ProbeResult):
         if task.fallback is None:

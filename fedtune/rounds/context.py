@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedtune.messages import Blueprint
@@ -40,9 +40,18 @@ class RoundContext:
     """The day that the clients' chat templates write, where their own may differ."""
     journal: RoundJournal = field(default_factory=NullJournal)
     """Makes every step durable."""
+    first: Method[Any] | None = None
+    """The method of round 1 alone, where that only prepares the others; every client that is there takes part in it."""
     clock: Clock | None = None
     """Says how long clients took; None where clients share one machine, whose times say nothing of their devices."""
     prober: Prober | None = None
     """Asks clients for their speed before every round; None where the planner reads none."""
     watch: Watch = lambda event: None
     """Called when a round starts and when a client is done."""
+
+    def at(self, round: int) -> RoundContext:
+        """Return what holds for one round."""
+        if self.first is None or round != 1:
+            return self
+        # A sample may lack a class that others hold, and a class without an example has no mean.
+        return replace(self, method=self.first, schedule=replace(self.schedule, cohort=None, over_select=1.0))

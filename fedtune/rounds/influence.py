@@ -33,6 +33,8 @@ SUMMABLE = 1e30
 """Norm of numbers of which a few can be added in float32."""
 BETA1, BETA2 = 0.9, 0.999
 """Of the clients' AdamW."""
+FEATURES = 2.0
+"""Times the cohort's median that one client's features may be: one encoder makes them all, of rows of one kind."""
 MARGIN = 1.01
 """Room for the rounding of the clients' steps."""
 EPSILON: Mapping[str, float] = {"fp32": 2.0**-20, "fp16": 2.0**-10, "bf16": 2.0**-7, "int8": 2.0**-5, "int4": 0.5}
@@ -47,6 +49,7 @@ PARTS: Mapping[Role, str] = {
     "saved": "the change of modules_to_save",
     "scalars": "the scalars",
     "numbers": "the numbers",
+    "features": "the features of its examples, root mean square",
     "mean": "what enters the mean, minus the server's values",
 }
 
@@ -214,8 +217,10 @@ def refuse_outliers(
             continue
         # The median, because a mean would be moved by the very update that it is to expose.
         middle = median(size.norm for size in stated.values())
-        limit = (max_norm or math.inf) * middle
-        why = f"{max_norm:g} times the cohort's median"
+        multiple = max_norm or math.inf
+        if role == "features":
+            multiple = min(multiple, FEATURES)
+        limit, why = multiple * middle, f"{multiple:g} times the cohort's median"
         over = {name: size for name, size in stated.items() if middle > 0 and not size.norm <= limit}
         refused |= {
             name: too_large(name, role, size, limit, why, key="max_norm")

@@ -153,39 +153,42 @@ def run(
         RoundError: if fewer than `min_clients` updates of a round could be used.
         StoreError: if the journal cannot be written, or holds a round that began otherwise than it would now.
     """
-    method, journal, count = context.method, context.journal, context.schedule.count
-    state = method.init(context.blueprint, context.settings) if start is None else start
+    journal, count = context.journal, context.schedule.count
+    state = context.method.init(context.blueprint, context.settings) if start is None else start
     digest = states.digest(states.encode(state))
     learned = context.planner.start()
-    for past in history:
-        learned = context.planner.observe(learned, past)
+    for number, past in enumerate(history, 1):
+        # A planner learns nothing of how clients train from a round in which none does.
+        if context.at(number) is context:
+            learned = context.planner.observe(learned, past)
     while state.round < count:
         # The journal decides, not a flag: a run that was killed goes on in the round where it was.
         began, interrupted = time.perf_counter(), journal.interrupted_round(state.round + 1)
-        cohort, plans, probing_s = planned_cohort(context, learned, state.round + 1, interrupted, clock_s)
+        now = context.at(state.round + 1)
+        cohort, plans, probing_s = planned_cohort(now, learned, state.round + 1, interrupted, clock_s)
         clock_s += probing_s
         context.watch(RoundStarted(state.round + 1, count, tuple(client.name for client in cohort)))
-        request = make_request(context, state, plans, cohort, weights_of(context, cohort, interrupted))
+        request = make_request(now, state, plans, cohort, weights_of(now, cohort, interrupted))
         # Before the first assignment is sent: after a crash the same bytes must go out, or updates that were accepted
         # would answer an assignment that was never recorded.
         open_round(journal, request, cohort, digest, interrupted)
-        replies = Collector(context, request).collect(interrupted)
+        replies = Collector(now, request).collect(interrupted)
         on_time, times = replies, NO_TIMES
         if context.clock is not None:
-            on_time, times = apply_clock(context, context.clock, request, replies, clock_s)
+            on_time, times = apply_clock(now, context.clock, request, replies, clock_s)
             clock_s += context.clock.round_seconds(times)
-        norms, outcomes = filter_by_norm(context, request, on_time)
+        norms, outcomes = filter_by_norm(now, request, on_time)
         if interrupted is None or interrupted.failures is None:
             # As they were before the clock and the norms, which follow from them.
             failures = {name: why for name, why in replies.outcomes.items() if isinstance(why, Failure)}
             journal.close(request.round, failures, {name: replies.traffic[name].up for name in failures})
         # In cohort order, which `replies` keeps: sums of floats in order of arrival would differ from run to run.
         updates = [update for update in outcomes.values() if isinstance(update, AdmittedUpdate)]
-        aggregated = aggregate(context, request, state, updates, norms)
-        outcomes = without_refused(context, request, replies, outcomes, aggregated.refused)
+        aggregated = aggregate(now, request, state, updates, norms)
+        outcomes = without_refused(now, request, replies, outcomes, aggregated.refused)
         # Durable before the result is handed on: what a caller has seen must survive a crash.
         state, digest = aggregated.state, journal.commit(request.round, aggregated.encoded)
-        for remark in method.remarks(state):
+        for remark in now.method.remarks(state):
             context.watch(Note(f"round {request.round}: {remark}"))
         result = RoundResult(
             round=request.round,
@@ -205,7 +208,8 @@ def run(
             probes={c.name: (c.s_per_tflop, c.s_per_mb) for c in cohort if has_probe(c)},
             rate_share=rate_share(context.schedule, request.round),
         )
-        learned = context.planner.observe(learned, result.observations)
+        if now is context:
+            learned = context.planner.observe(learned, result.observations)
         yield result
 
 

@@ -47,7 +47,7 @@ from fedtune.runs.context import ModelScores, RunContext
 from fedtune.runs.fleet import Fleet, Lengths, fleet_of
 from fedtune.runs.memory_guard import check_memory, plainly_fits
 from fedtune.runs.samples import prompts, side_by_side
-from fedtune.runs.start import check_start_base, start_adapter, start_state
+from fedtune.runs.start import check_start_base, first_round, start_adapter, start_state
 from fedtune.simulation.fork_client import ForkServer
 from fedtune.simulation.inprocess import InProcess
 from fedtune.simulation.process_pool import ProcessPool
@@ -78,7 +78,9 @@ class Experiment:
         recipe, sized = self.recipe, not self.base.digest
         whole = method_of(recipe).task is ProbeSeeds and not sized
         blueprint = self.base.blueprint(max_rank=largest_rank(recipe), seed=recipe.seed, whole=whole)
-        return replace(blueprint, verbs=possible_verbs(recipe), **pruning_of(recipe, self.base, self.federation.labels))
+        classes = len(self.federation.labels) if recipe.adapter.head == "lda" else 0
+        own = pruning_of(recipe, self.base, self.federation.labels)
+        return replace(blueprint, verbs=possible_verbs(recipe), classes=classes, **own)
 
     @property
     def planner(self) -> Planner:
@@ -177,6 +179,7 @@ def prepare(recipe: Recipe, watch: Watch = lambda event: None, *, sizes_alone: b
     if not sizes_alone:
         check_start_base(start_adapter(recipe), base.digest)
     start_state(recipe, experiment.blueprint)  # a base that the method refuses is refused before anything is written
+    first_round(recipe, experiment.blueprint, federation.labels)
     experiment.devices.planner(experiment.blueprint)
     return experiment
 

@@ -25,7 +25,7 @@ from fedtune.rounds.transport import Transport
 from fedtune.runs.context import Door, RunContext, first_state
 from fedtune.runs.recording import record_base, record_round, write_result
 from fedtune.runs.resume import load_resumed, resume_command
-from fedtune.runs.start import saturation_notes, start_state
+from fedtune.runs.start import first_round, saturation_notes, start_state
 from fedtune.runs.summary import summary
 from fedtune.store.history import has_begun
 from fedtune.store.run_directory import write_recipe, write_summary
@@ -181,6 +181,7 @@ def run_rounds_of(
         start = start_state(context.recipe, context.blueprint)
     rounds = RoundContext(
         method=method_of(context.recipe),
+        first=first_round(context.recipe, context.blueprint, context.labels),
         settings=context.recipe.method,
         planner=context.planner,
         transport=transport,

@@ -9,10 +9,12 @@ from typing import Any
 from fedtune.config import Recipe
 from fedtune.config.recipe import method_of, planned_training
 from fedtune.devices.cost import BYTES
-from fedtune.errors import ConfigError, Fault
+from fedtune.errors import ConfigError, Fault, ShapeError
 from fedtune.lora.adapter import pack
 from fedtune.messages import Blueprint
+from fedtune.methods.class_head import head_round
 from fedtune.methods.flora import FloraSettings, is_bounded
+from fedtune.methods.method import Method
 from fedtune.methods.saturation import forecast
 from fedtune.methods.settings import down_dtype
 from fedtune.planning.arms import AdaptiveSettings
@@ -35,6 +37,22 @@ def start_state(recipe: Recipe, blueprint: Blueprint) -> Any:
     method = method_of(recipe)
     assert method.start is not None  # checked when the recipe is bound
     return method.start(state, start.adapter, start.saved)
+
+
+def first_round(recipe: Recipe, blueprint: Blueprint, labels: Sequence[str]) -> Method[Any] | None:
+    """Return the method of a first round that only makes a classifier's head; None where all rounds train.
+
+    Raises:
+        ConfigError: if the base has no head such as is made.
+    """
+    if recipe.adapter.head != "lda":
+        return None
+    try:
+        return head_round(method_of(recipe), blueprint, labels)
+    except ShapeError as error:
+        key, _, text = str(error).partition(": expected ")
+        expected, _, got = text.partition("; got ")
+        raise ConfigError(Fault(key, expected, got)) from error
 
 
 def start_adapter(recipe: Recipe) -> ForeignAdapter | None:

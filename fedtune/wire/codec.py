@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from fedtune.class_sums import ClassSums
 from fedtune.errors import WireError
 from fedtune.messages import (
     Assignment,
@@ -22,6 +23,7 @@ from fedtune.messages import (
     ProbeSeeds,
     Proximal,
     Pruning,
+    SumClasses,
     TailRank,
     Task,
     Term,
@@ -31,7 +33,7 @@ from fedtune.messages import (
 from fedtune.number_formats import is_quantised
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.tensors import Tensors
-from fedtune.wire import descend, probe, seed_updates, settings
+from fedtune.wire import class_sums, descend, probe, seed_updates, settings
 from fedtune.wire import tensors as bodies
 from fedtune.wire.expect import LARGEST, MAX_COUNT, MAX_RANK, expect
 from fedtune.wire.probe import choice
@@ -66,6 +68,7 @@ FIELDS: Mapping[int, frozenset[str]] = {
     pb.PROBE: COMMON | {"seed", "probe"},
     pb.DESCEND: COMMON | {"seed", "descend"},
     pb.SCORE: COMMON | {"down", "score"},
+    pb.SUM: COMMON | {"seed", "sum"},
 }
 """The fields of an assignment, by verb."""
 
@@ -176,6 +179,9 @@ def encode_assignment(assignment: Assignment, *, encode: Callable[[Tensors], Blo
         case DescendSeeds() as task:
             header.verb = pb.DESCEND
             header.descend.CopyFrom(descend.to_message(task, plan.training))
+        case SumClasses() as task:
+            header.verb, header.base = pb.SUM, assignment.base
+            header.sum.CopyFrom(class_sums.to_message(task, plan.training))
         case TrainLora() as task:
             header.verb, header.base = pb.ADAPT, assignment.base
             numbers: dict[str, Any] = {field: table[getattr(plan, field)] for field, table in PLAN_CHOICES.items()}
@@ -247,10 +253,13 @@ def _assignment_from(header: bytes, decode: Callable[[pb.Blob], Tensors]) -> Ass
         case pb.DESCEND:
             task, training = descend.from_message(message.descend)
             plan = Plan(message.plan.client, rank=1, scale=1.0, training=training)
+        case pb.SUM:
+            task, training = class_sums.from_message(message.sum)
+            plan = Plan(message.plan.client, rank=1, scale=1.0, training=training)
         case pb.ADAPT:
             plan, task = _plan_from(message), _lora_from(message, decode)
         case other:
-            known = f"the verb ADAPT ({pb.ADAPT}), PROBE ({pb.PROBE}) or DESCEND ({pb.DESCEND})"
+            known = f"the verb ADAPT ({pb.ADAPT}), PROBE ({pb.PROBE}), DESCEND ({pb.DESCEND}) or SUM ({pb.SUM})"
             raise WireError(f"assignment: expected {known}; got {other}; update this client")
     check_fields(message)
     return Assignment(
@@ -369,6 +378,8 @@ def encode_update(update: ClientUpdate) -> bytes:
     Raises:
         WireError: if a tensor cannot travel.
     """
+    if isinstance(update.result, ClassSums):
+        return class_sums.update_to_bytes(update, update.result)
     if not isinstance(update.result, LoraResult):
         return seed_updates.to_message(update, update.result).SerializeToString()
     result, bodies_in_order = update.result, list[bytes]()
@@ -411,6 +422,8 @@ def decode_update(data: bytes, *, client: str, limit_bytes: int, task: type[Task
     try:
         # Before anything is parsed: what a client sends must not decide how much memory the server takes.
         expect(len(data) <= limit_bytes, f"an update of at most {limit_bytes} bytes", len(data))
+        if task is SumClasses:
+            return class_sums.update_from_message(parse(pb.SumUpdate(), bytes(data), most=limit_bytes), client=client)
         if task is not TrainLora:
             return seed_updates.from_message(parse(pb.ProbeUpdate(), bytes(data)), client=client)
         return _update(memoryview(data), client, limit_bytes)
@@ -490,9 +503,9 @@ def body_of(blob: pb.Blob, blobs: Mapping[str, bytes]) -> bytes:
     return body
 
 
-def parse(message: AnyMessage, data: bytes) -> AnyMessage:
+def parse(message: AnyMessage, data: bytes, *, most: int = MAX_HEADER_BYTES) -> AnyMessage:
     """Return the message with `data` parsed into it; fields that this release does not know are refused."""
-    expect(len(data) <= MAX_HEADER_BYTES, f"a header of at most {MAX_HEADER_BYTES} bytes", len(data))
+    expect(len(data) <= most, f"a header of at most {most} bytes", len(data))
     name = type(message).__name__
     try:
         message.ParseFromString(data)

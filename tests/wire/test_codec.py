@@ -327,7 +327,10 @@ def test_an_update_whose_header_lies_is_refused(change: Callable[[Any], object],
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header: setattr(header, "verb", 9), r"verb ADAPT \(1\), PROBE \(2\) or DESCEND \(4\); got 9"),
+        (
+            lambda header: setattr(header, "verb", 9),
+            r"verb ADAPT \(1\), PROBE \(2\), DESCEND \(4\) or SUM \(5\); got 9",
+        ),
         (lambda header: setattr(header, "verb", pb.PROBE), "probe: expected seeds from 1 to 4096; got 0"),
         (lambda header: header.ClearField("verb"), "verb ADAPT"),
         (lambda header: header.ClearField("plan"), "rank >= 1"),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fedtune.link.settings import Policy
-from fedtune.messages import Assignment, DescendSeeds, ProbeSeeds, Proximal, Training, TrainLora
+from fedtune.messages import Assignment, DescendSeeds, ProbeSeeds, Proximal, SeedTask, SumClasses, Training, TrainLora
 from fedtune.wire.v1 import link_pb2 as pb
 
 
@@ -17,6 +17,8 @@ def distinct_examples(order: Assignment, num_examples: int) -> int:
     of a step is not in the update any more.
     """
     training, task = order.plan.training, order.task
+    if isinstance(task, SumClasses):
+        return num_examples
     steps = training.steps or 0
     if isinstance(task, ProbeSeeds):  # the queries of a step share its batch
         return min(num_examples, -(-steps // task.queries) * training.batch)
@@ -54,13 +56,14 @@ def limit_violations(policy: Policy, order: Assignment, num_examples: int) -> It
     fallback = order.task.fallback if isinstance(order.task, DescendSeeds) else None
     steps = min(training.steps or 0 for training in (order.plan.training, fallback) if training)
     examples = distinct_examples(order, num_examples)
-    if steps < policy.min_steps:
+    # Sums over all examples: no later step is there to blur an earlier one.
+    if steps < policy.min_steps and not isinstance(order.task, SumClasses):
         yield pb.TOO_FEW_STEPS, f"policy.min_steps: at least {policy.min_steps}; got {steps}"
     if examples < policy.min_examples:
         # An update of few examples speaks of each: its gradient can be turned back into their texts.
         text = f"policy.min_examples: an update of at least {policy.min_examples} examples; got {examples}"
         yield pb.TOO_FEW_EXAMPLES, text
-    if not isinstance(order.task, TrainLora) and order.probe.embeddings and not policy.allow_embeddings:
+    if isinstance(order.task, SeedTask) and order.probe.embeddings and not policy.allow_embeddings:
         yield pb.EMBEDDINGS_NOT_ALLOWED, f"policy.allow_embeddings: false; {EMBEDDINGS}"
 
 

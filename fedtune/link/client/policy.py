@@ -85,6 +85,8 @@ def read_demand(header: pb.Header, front: bytes) -> TaskDemand:
     elif message.verb == round_pb2.DESCEND:
         # Whichever of the two the client will do.
         rank, steps = None, max(message.descend.steps, message.descend.probe.steps)
+    elif message.verb == round_pb2.SUM:
+        rank, steps = None, 0
     else:
         rank, steps = message.plan.rank, settings.decode(message.settings, Training).steps or 0
     # The limits are checked against the signed header: the work must be of the round that was checked.

@@ -14,6 +14,7 @@ class Verb(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PROBE: _ClassVar[Verb]
     SCORE: _ClassVar[Verb]
     DESCEND: _ClassVar[Verb]
+    SUM: _ClassVar[Verb]
 
 class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -84,6 +85,7 @@ ADAPT: Verb
 PROBE: Verb
 SCORE: Verb
 DESCEND: Verb
+SUM: Verb
 DTYPE_UNSET: DType
 F32: DType
 F16: DType
@@ -269,6 +271,14 @@ class Descend(_message.Message):
     largest_shift: int
     def __init__(self, probe: _Optional[_Union[Probe, _Mapping]] = ..., steps: _Optional[int] = ..., batch: _Optional[int] = ..., learning_rate: _Optional[float] = ..., accumulation: _Optional[int] = ..., count: _Optional[int] = ..., bits: _Optional[int] = ..., largest_shift: _Optional[int] = ...) -> None: ...
 
+class Sum(_message.Message):
+    __slots__ = ("batch", "fraction_bits")
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    FRACTION_BITS_FIELD_NUMBER: _ClassVar[int]
+    batch: int
+    fraction_bits: int
+    def __init__(self, batch: _Optional[int] = ..., fraction_bits: _Optional[int] = ...) -> None: ...
+
 class Surgery(_message.Message):
     __slots__ = ("settings", "stages", "before", "wanted", "moments", "whole")
     SETTINGS_FIELD_NUMBER: _ClassVar[int]
@@ -298,7 +308,7 @@ class Score(_message.Message):
     def __init__(self, examples: _Optional[int] = ..., batch: _Optional[int] = ..., ledger: _Optional[bytes] = ..., trainable: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base", "probe", "surgery", "labels", "date", "descend", "score")
+    __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base", "probe", "surgery", "labels", "date", "descend", "sum", "score")
     VERB_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -313,6 +323,7 @@ class Assignment(_message.Message):
     LABELS_FIELD_NUMBER: _ClassVar[int]
     DATE_FIELD_NUMBER: _ClassVar[int]
     DESCEND_FIELD_NUMBER: _ClassVar[int]
+    SUM_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     verb: Verb
     method: str
@@ -328,8 +339,9 @@ class Assignment(_message.Message):
     labels: _containers.RepeatedScalarFieldContainer[str]
     date: str
     descend: Descend
+    sum: Sum
     score: Score
-    def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., surgery: _Optional[_Union[Surgery, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., date: _Optional[str] = ..., descend: _Optional[_Union[Descend, _Mapping]] = ..., score: _Optional[_Union[Score, _Mapping]] = ...) -> None: ...
+    def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., surgery: _Optional[_Union[Surgery, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., date: _Optional[str] = ..., descend: _Optional[_Union[Descend, _Mapping]] = ..., sum: _Optional[_Union[Sum, _Mapping]] = ..., score: _Optional[_Union[Score, _Mapping]] = ...) -> None: ...
 
 class Measured(_message.Message):
     __slots__ = ("seconds", "peak_bytes", "loss_before", "loss_after", "tokens", "importance", "side_tokens", "skipped_steps", "whole_loss_before", "whole_loss_after", "module_importance", "joules")
@@ -424,6 +436,28 @@ class ProbeUpdate(_message.Message):
     bits: int
     count: int
     def __init__(self, scalars: _Optional[bytes] = ..., state: _Optional[bytes] = ..., checks: _Optional[bytes] = ..., round: _Optional[int] = ..., examples: _Optional[int] = ..., skipped: _Optional[int] = ..., seconds: _Optional[float] = ..., peak_mib: _Optional[int] = ..., tokens: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., rms: _Optional[float] = ..., lost: bool = ..., joules: _Optional[float] = ..., numbers: _Optional[bytes] = ..., shift: _Optional[int] = ..., bits: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+
+class SumUpdate(_message.Message):
+    __slots__ = ("round", "base", "counts", "sums", "squares", "seconds", "peak_mib", "tokens", "joules")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SUMS_FIELD_NUMBER: _ClassVar[int]
+    SQUARES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PEAK_MIB_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    JOULES_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    base: str
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    sums: _containers.RepeatedScalarFieldContainer[int]
+    squares: _containers.RepeatedScalarFieldContainer[int]
+    seconds: float
+    peak_mib: int
+    tokens: int
+    joules: float
+    def __init__(self, round: _Optional[int] = ..., base: _Optional[str] = ..., counts: _Optional[_Iterable[int]] = ..., sums: _Optional[_Iterable[int]] = ..., squares: _Optional[_Iterable[int]] = ..., seconds: _Optional[float] = ..., peak_mib: _Optional[int] = ..., tokens: _Optional[int] = ..., joules: _Optional[float] = ...) -> None: ...
 
 class ScoreUpdate(_message.Message):
     __slots__ = ("client", "round", "base", "metrics", "seconds")
