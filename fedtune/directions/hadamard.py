@@ -98,6 +98,12 @@ def walsh(size: int) -> Array:
     return rows
 
 
+def walsh_words(size: int, index: int) -> Array:
+    """Return the bits popcount(k & j) & 1 of one direction over a block, uint32 (128,), lowest first."""
+    odd = np.bitwise_count(np.arange(BLOCK) & (size - 1) & index) & 1
+    return np.packbits(odd, bitorder="little").view("<u4").astype(np.uint32)
+
+
 def signs(key: int, purpose: Purpose, size: int, direction: int, blocks: range, ordinal: int) -> Array:
     """Return the signs of one direction, int8 (blocks, 4096), straight from the formula of this module."""
     first, second = sign_halves(key, purpose, blocks, ordinal)

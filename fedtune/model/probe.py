@@ -10,12 +10,14 @@ import torch
 
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.kron import Kron
+from fedtune.directions.moves_torch import stored_bytes
 from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import ClientError
 from fedtune.model.base import Base
 from fedtune.model.batches import Batch
+from fedtune.model.device import spare_bytes
 from fedtune.model.kron_forward import with_injected_paths
-from fedtune.model.seed_rebuild import DisplacedPosition, RebuiltPosition, working_copy
+from fedtune.model.seed_rebuild import DisplacedPosition, RebuiltPosition, Trio, working_copy
 from fedtune.model.train import out_of_memory
 from fedtune.probing.measure import Position
 
@@ -30,9 +32,18 @@ def at_position(base: Base, ledger: SeedLedger, trainable: Sequence[int]) -> Ite
             yield position
         return
     with working_copy(base, trainable) as trios:
-        # A rebuild of the gaussian bank costs K random numbers per weight, which displacements are spared.
-        kind = DisplacedPosition if ledger.bank.name == Gaussian.name else RebuiltPosition
+        kind = DisplacedPosition if stores_displacements(base, ledger, trios) else RebuiltPosition
         yield kind(base, ledger, trios)
+
+
+def stores_displacements(base: Base, ledger: SeedLedger, trios: Sequence[Trio]) -> bool:
+    """Return whether to hold the displacements in memory, four bytes a weight more, rather than rebuild each time.
+
+    The bits are the same either way.
+    """
+    needed = stored_bytes(ledger.bank, [own.numel() for _, own, _ in trios])
+    # A rebuild of the gaussian bank costs K random numbers per weight: hours, where there may be no room.
+    return needed is not None and (ledger.bank.name == Gaussian.name or needed <= spare_bytes(base.device))
 
 
 def measured_position(base: Base, *, client: str, batch: int) -> Open:

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from fedtune.directions.bank import perturb
-from fedtune.directions.consistency import fastest_displacement
+from fedtune.directions.bank import check_accumulators, perturb
 from fedtune.directions.kron import Kron, change_factors
-from fedtune.directions.rebuild_numpy import unit_scale
+from fedtune.directions.moves_torch import mover
 from fedtune.directions.rebuild_torch import rewriter
 from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.errors import ConfigError, Fault
@@ -22,7 +21,6 @@ from fedtune.model.lora_layer import FrozenParts
 from fedtune.model.loss import summed_loss
 from fedtune.model.quantised_layers import quantised_layers
 from fedtune.probing.steps import Move
-from fedtune.tensors import Array
 
 Trio = tuple[int, torch.Tensor, torch.Tensor]
 """Ordinal, the base's own weights, and the copy that replaces them."""
@@ -126,42 +124,34 @@ class RebuiltPosition:
 
 
 class DisplacedPosition:
-    """The same for a bank whose sums cost K random numbers per weight: it stores the displacements, int32.
-
-    A move adds one direction to them, which is exact, and costs one random number per weight in place of K.
-    """
+    """The same with the displacements in memory, to which a loss or a move adds one direction; see `moves_torch`."""
 
     def __init__(self, base: Base, ledger: SeedLedger, trios: Sequence[Trio]) -> None:
-        self._base, self._bank, self._trios = base, ledger.bank, trios
-        self._unit = float(unit_scale(ledger.bank, ledger.exponent))
-        self._displacement = fastest_displacement(ledger.bank)
-        self._sums = [self._displacement_of(ledger.accumulators, ordinal, own) for ordinal, own, _ in trios]
+        self._base, self._bank, self._sums = base, ledger.bank, np.array(ledger.accumulators)
+        self._write = mover(trios, self._sums, bank=ledger.bank, exponent=ledger.exponent)
+        self._moves = list[Move]()
+        self._written: Move | None = None
 
     def losses(self, batch: Batch, moves: Sequence[Move]) -> Sequence[float]:
         """See `RebuiltPosition.losses`."""
-        losses, directions = [], dict[int, Sequence[torch.Tensor]]()
+        losses = []
         for seed, amount in moves:
-            if seed not in directions:
-                directions = {seed: self._direction(seed)}  # the two sides of one seed follow each other
-            for (_, own, copy), y, z in zip(self._trios, self._sums, directions[seed], strict=True):
-                # Integers until here; then the rounding rule of `rebuild_numpy`, so that both give the same bits.
-                moved = torch.add(y, z, alpha=amount)
-                copy.view(-1).copy_(torch.sub(own.reshape(-1).float(), moved.float(), alpha=self._unit))
+            self._write_beside((seed, amount) if amount else (0, 0))  # without an amount one seed is like another
             losses.append(mean_loss(self._base, batch))
         return losses
 
     def move(self, seed: int, amount: int) -> None:
-        """See `RebuiltPosition.move`."""
-        for y, z in zip(self._sums, self._direction(seed), strict=True):
-            y.add_(z, alpha=amount)
+        """See `RebuiltPosition.move`; the displacements are moved when weights are written next, in the same pass."""
+        self._sums = perturb(self._bank, self._sums, seed, amount)
+        self._moves.append((seed, amount))
 
-    def _direction(self, seed: int) -> Sequence[torch.Tensor]:
-        unit = perturb(self._bank, np.zeros(self._bank.size, np.int32), seed, 1)
-        return [self._displacement_of(unit, ordinal, own) for ordinal, own, _ in self._trios]
-
-    def _displacement_of(self, sums: Array, ordinal: int, own: torch.Tensor) -> torch.Tensor:
-        y = self._displacement(self._bank, sums, ordinal=ordinal, shape=tuple(own.shape))
-        return torch.from_numpy(y).to(self._base.device)
+    def _write_beside(self, beside: Move) -> None:
+        if not self._moves and beside == self._written:
+            return
+        # Before anything is written: a sum beyond 32 bits would wrap around.
+        check_accumulators(self._bank, perturb(self._bank, self._sums, *beside))
+        self._write(self._moves, beside)
+        self._moves, self._written = [], beside
 
 
 def mean_loss(base: Base, batch: Batch) -> float:

@@ -25,7 +25,7 @@ from fedtune.model import probe as probing
 from fedtune.model.base import Base, digest
 from fedtune.model.batches import Batch, collate
 from fedtune.model.probe import at_position
-from fedtune.model.seed_rebuild import mean_loss
+from fedtune.model.seed_rebuild import DisplacedPosition, RebuiltPosition, mean_loss
 from fedtune.probing.measure import Measurements, measure
 from fedtune.probing.order import batches
 from fedtune.probing.steps import Move, around, steps_of
@@ -199,6 +199,36 @@ def test_padding_weighs_nothing_a_batch_s_loss_is_the_mean_over_its_tokens(
     for side in range(2):
         mean = sum(losses[side] * count for losses, count in alone) / batch.count
         assert together[side] == pytest.approx(mean, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("bank", "bytes_free", "kind"),
+    [
+        ("hadamard", 2**40, DisplacedPosition),
+        ("hadamard", 0, RebuiltPosition),
+        ("gaussian", 0, DisplacedPosition),
+    ],
+)
+def test_displacements_are_stored_where_there_is_room_for_them(
+    bank: str, bytes_free: int, kind: Any, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = loaded()
+    monkeypatch.setattr(probing, "spare_bytes", lambda device: bytes_free)
+    with at_position(base, ledger_of(base, bank), reached(base, bank)) as position:
+        assert type(position) is kind
+
+
+def test_a_client_without_the_room_gives_the_same_scalars(
+    loaded: Any, examples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, rows = loaded(dtype="bfloat16"), examples(6)
+    ledger, asked = ledger_of(base, "hadamard"), probe(estimator="one-sided", queries=4)
+    found = measured(base, rows, asked, ledger, learning_rate=0.3)
+    monkeypatch.setattr(probing, "spare_bytes", lambda device: 0)
+    again = measured(base, rows, asked, ledger, learning_rate=0.3)
+    np.testing.assert_array_equal(found.scalars, again.scalars)
+    assert found.losses == again.losses
+    assert found.scalars.any()
 
 
 STEPS, FINE, SHIFT = 50, 26, 10

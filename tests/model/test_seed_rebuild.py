@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from fedtune.directions.bank import displacement, perturb
+from fedtune.directions.moves_torch import mover
 from fedtune.directions.rebuild_numpy import rebuild
 from fedtune.directions.rebuild_torch import as_array
 from fedtune.directions.seed_ledger import SeedLedger
-from fedtune.errors import ShapeError
+from fedtune.errors import RoundError, ShapeError
+from fedtune.model import seed_rebuild
 from fedtune.model.base import Base, digest
 from fedtune.model.batches import Batch, collate
 from fedtune.model.seed_rebuild import DisplacedPosition, RebuiltPosition, mean_loss, with_rebuilt_weights, working_copy
@@ -109,13 +111,14 @@ def batch_of(base: Base, examples: Any, count: int = 4) -> Batch:
     return collate(examples(count), base)
 
 
+@pytest.mark.parametrize("bank", ["hadamard", "gaussian"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_displacements_that_are_kept_give_the_losses_of_weights_that_are_rebuilt(
-    dtype: str, loaded: Any, examples: Any
+    dtype: str, bank: str, loaded: Any, examples: Any
 ) -> None:
     """Of two ways to one model: the same bits, also after several moves, and both sides of more than one seed."""
     base = loaded(dtype=dtype)
-    ledger, batch = ledger_of(base, "gaussian"), batch_of(base, examples)
+    ledger, batch = ledger_of(base, bank), batch_of(base, examples)
     moves = [(3, -40), (3, 40), (5, -40), (5, 0), (3, 40)]
     found = []
     for kind in (RebuiltPosition, DisplacedPosition):
@@ -130,11 +133,13 @@ def test_displacements_that_are_kept_give_the_losses_of_weights_that_are_rebuilt
     assert len({loss for seen in found[0] for loss in seen}) == 5 * 4  # the last move is the second one again
 
 
-@pytest.mark.parametrize("bank", ["hadamard", "gaussian"])
-def test_losses_are_those_of_weights_set_by_hand(bank: str, loaded: Any, examples: Any) -> None:
+POSITIONS = [("hadamard", RebuiltPosition), ("hadamard", DisplacedPosition), ("gaussian", DisplacedPosition)]
+
+
+@pytest.mark.parametrize(("bank", "kind"), POSITIONS)
+def test_losses_are_those_of_weights_set_by_hand(bank: str, kind: Any, loaded: Any, examples: Any) -> None:
     base = loaded()
     ledger, batch, moves = ledger_of(base, bank), batch_of(base, examples), [(3, -40), (3, 40), (9, 0)]
-    kind = DisplacedPosition if bank == "gaussian" else RebuiltPosition
     with working_copy(base, every(base)) as trios, torch.inference_mode():
         position = kind(base, ledger, trios)
         position.move(7, 30)
@@ -152,19 +157,57 @@ def test_losses_are_those_of_weights_set_by_hand(bank: str, loaded: Any, example
     assert len({round(loss, 4) for loss in found}) == 3
 
 
+@pytest.mark.parametrize("kind", [RebuiltPosition, DisplacedPosition])
+def test_a_loss_beyond_32_bits_is_refused(kind: Any, loaded: Any, examples: Any) -> None:
+    base = loaded()
+    ledger, batch = ledger_of(base, "hadamard"), batch_of(base, examples)
+    with working_copy(base, every(base)) as trios, torch.inference_mode():
+        position = kind(base, ledger, trios)
+        [before] = position.losses(batch, [(0, 0)])
+        with pytest.raises(RoundError, match=r"expected sum \|A\| of at most 2147483647"):
+            position.losses(batch, [(3, 2**31 - 1)])
+        assert position.losses(batch, [(0, 0)]) == [before]
+
+
+def test_weights_that_stand_already_are_not_written_again(
+    loaded: Any, examples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss before the first step is taken over several batches at one position."""
+    base = loaded()
+    ledger, written = ledger_of(base, "hadamard"), list[Any]()
+
+    def spied(*arguments: Any, **options: Any) -> Any:
+        write = mover(*arguments, **options)
+
+        def write_and_note(moves: Any, beside: Any) -> None:
+            written.append((list(moves), beside))
+            write(moves, beside)
+
+        return write_and_note
+
+    monkeypatch.setattr(seed_rebuild, "mover", spied)
+    with working_copy(base, every(base)) as trios, torch.inference_mode():
+        position = DisplacedPosition(base, ledger, trios)
+        for count in (1, 2, 3):
+            position.losses(batch_of(base, examples, count), [(count, 0)])
+        position.move(4, 9)
+        position.move(5, -9)
+        position.losses(batch_of(base, examples), [(4, -40), (4, 40), (4, 40)])
+    assert written == [([], (0, 0)), ([(4, 9), (5, -9)], (4, -40)), ([], (4, 40))]
+
+
 def drawn(steps: int) -> list[tuple[int, int]]:
     rng = np.random.default_rng(1)
     return [(int(rng.integers(16)), int(rng.integers(-127, 128))) for _ in range(steps)]
 
 
-@pytest.mark.parametrize("bank", ["hadamard", "gaussian"])
+@pytest.mark.parametrize(("bank", "kind"), POSITIONS)
 def test_two_hundred_losses_and_moves_leave_weights_and_buffers_as_they_were(
-    bank: str, loaded: Any, examples: Any
+    bank: str, kind: Any, loaded: Any, examples: Any
 ) -> None:
     base = loaded(dtype="bfloat16")
     own, places, batch = digest(base.model), memory(base), batch_of(base, examples, count=2)
     buffers = {name: buffer.clone() for name, buffer in base.model.named_buffers()}
-    kind = DisplacedPosition if bank == "gaussian" else RebuiltPosition
     with working_copy(base, every(base)) as trios, torch.inference_mode():
         position = kind(base, ledger_of(base, bank), trios)
         for seed, scalar in drawn(100):
