@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from fedtune.class_sums import ClassSums
@@ -163,6 +163,13 @@ class Assignment:
         """The task, where it is known to be this one."""
         assert isinstance(self.task, SumClasses)
         return self.task
+
+    def probed_instead(self) -> Assignment | None:
+        """Return the order to measure seeds in place of one to descend; None where it is none, or allows it not."""
+        task = self.task
+        if not isinstance(task, DescendSeeds) or task.fallback is None:
+            return None
+        return replace(self, plan=replace(self.plan, training=task.fallback), task=task.probe)
 
 
 @dataclass(frozen=True)

@@ -510,7 +510,7 @@ FAULTS = (
     Fault("link/client/training_server.py", "got {type(error).__name__}; this site's own",
           "got {error}; this site's own",
           "an error quotes a site's data"),
-    Fault("deployment/join.py", "        suits(accepted_recipe(greeting.recipe))\n    return agree",
+    Fault("deployment/join.py", "        suits(accepted_recipe(greeting.recipe), client)\n    return agree",
           "        pass\n    return agree",
           "a device takes part in a run that it cannot do", ("cli/test_edge_join.py",)),
 )  # fmt: skip

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 SCORES = {"send": "means are sent", "keep": "they stay in its own log", "refuse": "it does not score"}
 """What `policy.scores` means, in words."""
+SCALARS = "signed bytes of scalars, a few hundred per round"
 
 
 def show(write: Callable[[str], None], shown: DryRun) -> None:
@@ -47,12 +48,8 @@ def facts(shown: DryRun) -> Iterator[tuple[str, str]]:
     for name, text in shown.permitted.items():
         yield f"  {name}", text
     yield "its data", ", ".join(f"{part} from {column}" for part, column in sorted(shown.columns.items())) or "by name"
-    yield (
-        "leaves it",
-        "signed bytes of scalars, a few hundred per round"
-        if demand.rank is None
-        else "LoRA factors of the named layers",
-    )
+    seeds = "signed numbers along seeds, as stated" if "bytes" in shown.permitted else SCALARS
+    yield "leaves it", seeds if demand.rank is None else "LoRA factors of the named layers"
     yield "scores", f"of the global model on its held-out rows: {SCORES[shown.scores]}"
     losses = "losses, " * (shown.scores == "send")
     yield "and", f"number of examples, {losses}seconds, tokens and peak memory; its name and signature"

@@ -41,9 +41,10 @@ from fedtune.messages import (
 )
 from fedtune.methods import class_head
 from fedtune.planning.planner import PlanChoices, lora_scale, optimizer_steps, steps_of_share
+from fedtune.planning.verbs import DESCENDING
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import BlockLayout
-from fedtune.rounds.schedule import rate_text, scheduled_training
+from fedtune.rounds.schedule import Schedule, rate_text, scheduled_training
 from fedtune.wire.codec import decode_outline, encode_assignment
 from fedtune.wire.profile import ClientProfile, ModelSpec
 
@@ -243,19 +244,17 @@ def first_order(recipe: Recipe, client: str, num_examples: int) -> Assignment:
 def permission_texts(recipe: Recipe, client: str) -> Mapping[str, str]:
     """Return in plain words what a recipe permits to be asked of a client; anything else is vetoed."""
     allowed = permission(recipe, client, 1)
-    _, stated = planned_training(recipe, client)
-    size, limit = stated.batch * stated.accumulation, "at most " * allowed.choices.fewer_steps
-    if allowed.choices.shares:
-        limit = f"{', '.join(f'{share:g}' for share in sorted(allowed.choices.shares))} or all of "
-    steps = f"{stated.steps} steps of {size} examples"
-    if stated.steps is None:
-        steps = f"{stated.epochs:g} passes over its examples, {size} in a step"
+    asked, (_, stated) = verb_request(recipe, client), planned_training(recipe, client)
+    descends = asked.verb in DESCENDING
+    work = f"{work_text(stated, allowed.choices, recipe.rounds)}{' of the size of its weights' * descends}"
+    if asked.verb == "auto" and asked.probing is not None:
+        work += f"; or, where its memory is too small, {work_text(asked.probing, allowed.choices, recipe.rounds)}"
     settings, probe = recipe.evaluate, method_of(recipe).task is ProbeSeeds
     rows = "all of its" if settings.client_examples is None else f"at most {settings.client_examples}"
     whole = ", ".join(recipe.adapter.modules_to_save) or "nothing"
     texts = {
         "rounds": f"1 to {allowed.rounds}",
-        "work": f"{limit}{steps}, at the rate {rate_text(stated.learning_rate, recipe.rounds)}",
+        "work": work,
         "ranks": "none" if probe else allowed.rank_text,
         "pruning": allowed.ratio_text,
         "whole": "none" if probe else whole,
@@ -264,7 +263,27 @@ def permission_texts(recipe: Recipe, client: str) -> Mapping[str, str]:
     if recipe.adapter.head == "lda":
         texts["head"] = "in round 1, how many examples of each class it has, and the sums of their features"
     texts |= {} if probe else arm_texts(allowed.choices)
-    return texts if probe else {**texts, "bytes": f"the factors in {number_format(recipe)}; those in full in fp32"}
+    if probe:
+        return {**texts, "bytes": numbers_sent(recipe)} if descends else texts
+    return {**texts, "bytes": f"the factors in {number_format(recipe)}; those in full in fp32"}
+
+
+def work_text(training: Training, choices: PlanChoices, schedule: Schedule) -> str:
+    """Return in plain words how much a client may be asked to do in a round."""
+    size, limit = training.batch * training.accumulation, "at most " * choices.fewer_steps
+    if choices.shares:
+        limit = f"{', '.join(f'{share:g}' for share in sorted(choices.shares))} or all of "
+    steps = f"{training.steps} steps of {size} examples"
+    if training.steps is None:
+        steps = f"{training.epochs:g} passes over its examples, {size} in a step"
+    return f"{limit}{steps}, at the rate {rate_text(training.learning_rate, schedule)}"
+
+
+def numbers_sent(recipe: Recipe) -> str:
+    """Return in plain words what leaves a client that descends in each round."""
+    seeds, groups, bits = (getattr(recipe.method, name) for name in ("seeds", "groups", "scalar_bits"))
+    many = f"{seeds:,} for each tensor that is tuned" if groups == "tensor" else f"{seeds * groups:,}"
+    return f"numbers of {bits} bits, {many}: its whole change of the weights, projected on as many directions"
 
 
 def arm_texts(choices: PlanChoices) -> Mapping[str, str]:

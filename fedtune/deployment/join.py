@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from fedtune.config import Recipe, planned_training
 from fedtune.config.consent import first_order, permission_texts
-from fedtune.config.recipe import method_of
+from fedtune.config.recipe import method_of, probing_training, requested_verb
 from fedtune.config.site import SiteSettings, bind_site
 from fedtune.deployment.consent import accepted_recipe, order_check
 from fedtune.errors import ConfigError, Fault
@@ -37,7 +37,8 @@ from fedtune.store.files import make_private, store_errors
 from fedtune.store.lock import lock_run
 
 AUDIT = "audit"
-CheckRecipe: TypeAlias = Callable[[Recipe], None]
+CheckRecipe: TypeAlias = Callable[[Recipe, str], None]
+"""Of a recipe and the name of this client."""
 """Raises ConfigError where a program cannot do what a recipe asks of its clients."""
 TORCH_PROCESS = (sys.executable, "-m", "fedtune.client.site_process")
 """Starts the process that trains with torch."""
@@ -153,19 +154,19 @@ def join(
             conditions=setup.conditions,
             meter=meter,
             each_second=status.look,
-            agree=partial(takes_part, suits, agree if setup.settings.policy.ask else None),
+            agree=partial(takes_part, suits, setup.identity.name, agree if setup.settings.policy.ask else None),
         )
         return client.run()
 
 
-def takes_part(suits: CheckRecipe | None, agree: Callable[[str], bool] | None, greeting: Greeting) -> bool:
+def takes_part(suits: CheckRecipe | None, client: str, agree: Callable[[str], bool] | None, greeting: Greeting) -> bool:
     """Return whether the operator agrees to a run, if asked; see `join`.
 
     Raises:
         ConfigError: if this program cannot do what the run's recipe asks.
     """
     if suits is not None:
-        suits(accepted_recipe(greeting.recipe))
+        suits(accepted_recipe(greeting.recipe), client)
     return agree is None or agree(greeting.recipe.decode(errors="replace"))
 
 
@@ -258,7 +259,7 @@ def dry_run(site: Path, *, server: str | None = None, suits: CheckRecipe | None 
     finally:
         client.stop()
     if suits is not None:
-        suits(accepted_recipe(greeting.recipe))
+        suits(accepted_recipe(greeting.recipe), setup.identity.name)
     return compare_with_policy(setup, greeting)
 
 
@@ -293,11 +294,13 @@ def recipe_demand(recipe: Recipe, client: str) -> TaskDemand:
     """Return what a recipe demands of a client in a round; it does not say how many bytes, and of which base."""
     rank, training = planned_training(recipe, client)
     probe = method_of(recipe).task is ProbeSeeds
+    # A client that may be asked either is asked whichever takes more.
+    either = probing_training(recipe, client) if requested_verb(recipe, client) == "auto" else None
     return TaskDemand(
         method=recipe.method.name,
         round=1,
         rank=None if probe else rank,
-        steps=training.steps or 0,
+        steps=max(training.steps or 0, (either.steps or 0) if either else 0),
         cohort=known_cohort(recipe),
         num_bytes=0,
         base=None,

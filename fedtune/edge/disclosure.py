@@ -52,6 +52,10 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "rms": "how large the bytes would be, where a run asks for that first",
         "lost": "that it needs the global model anew",
         "joules": "how much energy it took",
+        "numbers": "",
+        "shift": "",
+        "bits": "",
+        "count": "",
     },
     "ScoreUpdate": {
         "client": "this device's name",

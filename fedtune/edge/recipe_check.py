@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedtune.config.recipe import Recipe, method_of
+from fedtune.config.recipe import Recipe, method_of, requested_verb
 from fedtune.edge.bundle import BANK
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import ProbeSeeds
@@ -11,8 +11,8 @@ from fedtune.methods.fedkseed_state import FedKSeedSettings
 FULL = "take part with fedtune-client, which has torch"
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Check that a device can do what a recipe asks of its clients.
+def check_recipe(recipe: Recipe, client: str = "") -> None:
+    """Check that a device can do what a recipe asks of its clients, or of the client of this name.
 
     Raises:
         ConfigError: naming every setting that it cannot follow.
@@ -26,6 +26,10 @@ def check_recipe(recipe: Recipe) -> None:
         faults.append(Fault("method.name", expected, got, f'{FULL}, or ask for method = "fedkseed"'))
     else:
         faults += probe_faults(recipe.method)
+        if requested_verb(recipe, client) == "descend":
+            hint = f"{FULL}, or ask for method.verb = 'auto'"
+            expected = "'probe' or 'auto' for a device, which has forward passes alone"
+            faults.append(Fault("method.verb", expected, "'descend'", hint))
     if faults:
         raise ConfigError(faults, source="the server's recipe")
 
@@ -41,4 +45,7 @@ def probe_faults(method: FedKSeedSettings) -> list[Fault]:
         for name in ("vectors", "embeddings")
         if getattr(method, name)
     ]
+    for name, usual in (("groups", 1), ("redraw", 0)):
+        if (value := getattr(method, name)) != usual:
+            faults.append(Fault(f"method.{name}", f"{usual} for a device", repr(value), FULL))
     return faults

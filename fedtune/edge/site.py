@@ -33,7 +33,15 @@ from fedtune.errors import ClientError, ConfigError, Fault, StoreError
 from fedtune.link.client.order_limits import limit_violations
 from fedtune.link.client.training_server import without_losses
 from fedtune.link.settings import Policy, ScorePolicy
-from fedtune.messages import OUT_OF_MEMORY, Assignment, ClientScores, ClientUpdate, ProbeSeeds, ScoreRequest
+from fedtune.messages import (
+    OUT_OF_MEMORY,
+    Assignment,
+    ClientScores,
+    ClientUpdate,
+    DescendSeeds,
+    ProbeSeeds,
+    ScoreRequest,
+)
 from fedtune.probing.answer import Prober, measure_seeds
 from fedtune.probing.measure import Position
 from fedtune.probing.replica import Replicas
@@ -105,9 +113,17 @@ class EdgeSite:
             ClientError: if it is for another client, or cannot be done.
             WireError: if accumulators that were sent are not those that they are said to be.
         """
-        name, task = self.client, assignment.task
+        name = self.client
         if assignment.plan.client != name:
             raise ClientError(f"{name}: expected an assignment of its own; got one for {assignment.plan.client!r}")
+        # A runtime of forward passes alone has no gradients: it does what the order allows in their place.
+        assignment = assignment.probed_instead() or assignment
+        task = assignment.task
+        if isinstance(task, DescendSeeds):
+            raise ClientError(
+                f"{name}: expected an order that a device can follow; got one to descend and not to probe; "
+                "run fedtune-client, or ask for method.verb = 'auto'"
+            )
         if not isinstance(task, ProbeSeeds):
             raise ClientError(
                 f"{name}: expected an order of the method {METHOD!r}; got one to train LoRA factors, which needs "

@@ -41,10 +41,10 @@ def test_a_device_joins_with_its_own_process_and_only_what_it_can_run(
 
 def test_a_recipe_that_a_device_cannot_run_ends_it_before_anything_is_stored() -> None:
     with pytest.raises(ConfigError, match="take part with fedtune-client"):
-        takes_part(check_recipe, None, greeting(RECIPE))
-    assert takes_part(check_recipe, None, greeting(KSEED))
-    assert takes_part(check_recipe, lambda recipe: "kron" in recipe, greeting(KSEED))
-    assert not takes_part(None, lambda recipe: False, greeting(RECIPE))
+        takes_part(check_recipe, "phone", None, greeting(RECIPE))
+    assert takes_part(check_recipe, "phone", None, greeting(KSEED))
+    assert takes_part(check_recipe, "phone", lambda recipe: "kron" in recipe, greeting(KSEED))
+    assert not takes_part(None, "phone", lambda recipe: False, greeting(RECIPE))
 
 
 def test_a_dry_run_without_a_server_is_one_line_and_status_2(

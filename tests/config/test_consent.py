@@ -329,6 +329,21 @@ def test_with_auto_a_client_may_be_asked_to_probe_and_a_client_that_descends_may
     assert keys(DESCEND, put(order, "task.fallback.steps", 7)) == {"task.fallback.steps"}
 
 
+def test_what_a_client_that_descends_may_be_asked_and_sends_is_said_in_words() -> None:
+    texts = permission_texts(recipe_of(DESCEND), "site-a")
+    assert texts["work"] == (
+        "3 steps of 8 examples, at the rate 0.02 of the size of its weights; "
+        "or, where its memory is too small, 6 steps of 4 examples, at the rate 0.01"
+    )
+    assert texts["bytes"] == (
+        "numbers of 8 bits, 64 for each tensor that is tuned: its whole change of the weights, projected on as many "
+        "directions"
+    )
+    few = permission_texts(recipe_of(DESCEND.replace('"tensor"', "4, scalar_bits = 4")), "site-a")
+    assert few["bytes"].startswith("numbers of 4 bits, 256: its whole change")
+    assert "bytes" not in permission_texts(recipe_of(SEEDS), "site-a")
+
+
 def test_all_measure_in_the_first_round_of_a_mixed_run_and_descend_after() -> None:
     mixed = DESCEND.replace(", scalar_step = 1e-4", "")
     first = descending(mixed)

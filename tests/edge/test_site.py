@@ -24,6 +24,7 @@ from fedtune.messages import (
     AdmittedUpdate,
     Assignment,
     ClientUpdate,
+    DescendSeeds,
     Plan,
     PlannedClient,
     ProbeResult,
@@ -264,12 +265,26 @@ def test_an_order_to_train_lora_is_refused_in_one_sentence(device: EdgeSite, bas
     assert "\n" not in str(caught.value)
 
 
+def test_an_order_to_descend_is_done_by_probing_where_it_says_how(device: EdgeSite, base: Base) -> None:
+    asked = order(base)
+    descending = replace(asked.plan, training=replace(asked.plan.training, steps=7, learning_rate=0.5))
+    task = DescendSeeds(asked.probe, asked.probe.seeds, 9, fallback=asked.plan.training)
+    instead = device.perform(replace(asked, plan=descending, task=task))
+    alone = device.perform(asked)
+    assert instead.probe.scalars.tolist() == alone.probe.scalars.tolist()
+    with pytest.raises(ClientError, match=r"one to descend and not to probe; .* method.verb = 'auto'$") as caught:
+        device.perform(replace(asked, plan=descending, task=replace(task, fallback=None)))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"bank": "hadamard"}, "the bank 'hadamard'"),
         ({"vectors": True}, "method.vectors"),
         ({"embeddings": True}, "method.embeddings"),
+        ({"groups": "tensor"}, "method.groups"),
+        ({"earlier": (1,)}, "method.redraw"),
     ],
 )
 def test_an_order_that_the_bundle_has_no_graph_for_is_refused(

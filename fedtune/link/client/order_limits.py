@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from fedtune.link.settings import Policy
 from fedtune.messages import Assignment, DescendSeeds, ProbeSeeds, Proximal, SeedTask, SumClasses, Training, TrainLora
@@ -23,18 +22,11 @@ def distinct_examples(order: Assignment, num_examples: int) -> int:
     if isinstance(task, ProbeSeeds):  # the queries of a step share its batch
         return min(num_examples, -(-steps // task.queries) * training.batch)
     if isinstance(task, DescendSeeds):
+        own, instead = min(num_examples, steps * training.batch * training.accumulation), order.probed_instead()
         # The fewer of what it may do: descend, or measure seeds.
-        own = min(num_examples, steps * training.batch * training.accumulation)
-        return (
-            min(own, distinct_examples(measured_instead(order, task.fallback), num_examples)) if task.fallback else own
-        )
+        return min(own, distinct_examples(instead, num_examples)) if instead else own
     left = min(steps, lasting_steps(training, task))
     return min(num_examples, left * training.batch * training.accumulation)
-
-
-def measured_instead(order: Assignment, training: Training) -> Assignment:
-    """Return the order of a client that measures seeds where it was asked to descend."""
-    return replace(order, plan=replace(order.plan, training=training), task=order.probe)
 
 
 def lasting_steps(training: Training, task: TrainLora) -> int:
