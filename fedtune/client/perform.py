@@ -12,14 +12,10 @@ from typing import Any, TypeAlias
 
 import torch
 
+from fedtune.client.seeds import work_along_seeds
 from fedtune.client.whole_losses import loss_after_in_whole, loss_before_in_whole
 from fedtune.data.encode import Example
 from fedtune.data.loss_rows import loss_rows, num_loss_rows
-from fedtune.directions.bank import DirectionBank, displacement
-from fedtune.directions.consistency import Displacement
-from fedtune.directions.kron import Kron
-from fedtune.directions.rebuild_torch import displacement as torch_displacement
-from fedtune.directions.rebuild_torch import fastest, rebuild_compiled
 from fedtune.errors import ClientError, ShapeError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.messages import (
@@ -37,21 +33,19 @@ from fedtune.messages import (
 )
 from fedtune.model import libraries, module_importance, pruned_training
 from fedtune.model.base import Base, check_packing, to_numpy
-from fedtune.model.batches import Batch, collate
+from fedtune.model.batches import Batch
 from fedtune.model.class_sums import sum_classes
 from fedtune.model.lora import frozen_change, read_local, start, with_adapters
 from fedtune.model.moments import Moments
 from fedtune.model.objective import Hooks
-from fedtune.model.probe import measured_position
 from fedtune.model.pruned_training import Structures
 from fedtune.model.repair import Repair, repair_of
 from fedtune.model.selective_backward import Windows, with_selective_backward
 from fedtune.model.settings import quantised_format
 from fedtune.model.shares import ALONE, Shares
-from fedtune.model.train import check_finite, peak_bytes, report_out_of_memory, train, uses_autocast
+from fedtune.model.train import check_finite, report_out_of_memory, train, uses_autocast
 from fedtune.model.variants import variant
 from fedtune.number_formats import from_wire, to_wire
-from fedtune.probing.answer import Prober, measure_seeds
 from fedtune.probing.replica import Replicas
 from fedtune.probing.steps import OnStep, no_steps
 from fedtune.pruning.structure import BlockLayout, bitmap
@@ -75,6 +69,7 @@ def perform(
     held_out: Sequence[Example] = (),
     on_step: OnStep = no_steps,
     shares: Shares = ALONE,
+    max_bytes: int | None = None,
 ) -> ClientUpdate:
     """Do what an assignment asks on so many CPU threads, and return the update; the base is afterwards as before.
 
@@ -82,6 +77,7 @@ def perform(
     are what this process remembers of earlier rounds; without them every short message is asked for again, whole.
     The losses before and after are those of rows that the client holds out, or of training rows if it holds out none.
     With shares the steps of an adapter's training are divided among several processes, each of which calls this.
+    `max_bytes` is what this process may take in all; None: what the machine has.
 
     Raises:
         ClientError: if the base is another, the training fails, or the client holds no example.
@@ -91,39 +87,14 @@ def perform(
     """
     with libraries.threads(threads):
         match assignment.task:
-            case ProbeSeeds() as task:
-                prober = prober_of(base, client=assignment.plan.client, batch=assignment.plan.training.batch)
-                return measure_seeds(prober, examples, assignment, task, replicas or Replicas(), held_out, on_step)
-            case DescendSeeds():
-                raise ClientError(f"{assignment.plan.client}: expected a task to probe or to train; got one to descend")
+            case ProbeSeeds() | DescendSeeds():
+                known = replicas or Replicas()
+                return work_along_seeds(base, examples, assignment, known, held_out, on_step, max_bytes=max_bytes)
             case SumClasses():
                 check_base(assignment, base)
                 return sum_classes(base, examples, assignment, on_step=on_step)
             case TrainLora() as task:
                 return train_adapter(base, examples, assignment, task, held_out, on_step, shares)
-
-
-def prober_of(base: Base, *, client: str, batch: int) -> Prober[Batch]:
-    """Return a base on which torch measures losses along seeds."""
-    return Prober(
-        base.manifest,
-        base.matrices,
-        collate=lambda examples: collate(examples, base),
-        at=measured_position(base, client=client, batch=batch),
-        displacement_of=partial(displacement_of, base),
-        peak_bytes=lambda: peak_bytes(base.device),
-    )
-
-
-def displacement_of(base: Base, bank: DirectionBank) -> Displacement:
-    """Return the way to displacements by which this client rebuilds tensors; for kron, which does not, numpy's."""
-    if bank.name == Kron.name:
-        return displacement
-    if fastest(base.device) is not rebuild_compiled:
-        return lambda *args, **named: torch_displacement(*args, **named, device=base.device).cpu().numpy()
-    from fedtune.directions import rebuild_numba
-
-    return rebuild_numba.displacement
 
 
 def train_adapter(

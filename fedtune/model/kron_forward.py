@@ -4,7 +4,8 @@ For a stored matrix (R, C) the change -u U^T M V is a low-rank path beside the l
 along z_k, k = i p + j, adds a multiple of one of these p numbers to another of them. So the base may be shared,
 read-only, or of a number format that cannot hold small steps.
 
-Shapes: p is the bank's rank, p * p = K; U is (p, R), V is (p, C), M holds the accumulators as (p, p); u = 2^-e.
+Shapes: p is the bank's rank, p * p = K; U is (p, R), V is (p, C), M holds the accumulators as (p, p); u = 2^-e. After
+a redraw there are several banks: their rows stand below each other, p of each, and M is their blocks on a diagonal.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from math import isqrt
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.directions.bank import perturb
+from fedtune.directions.bank import DirectionBank, perturb
 from fedtune.directions.kron import Kron
 from fedtune.directions.rebuild_torch import rewriter
 from fedtune.directions.seed_ledger import SeedLedger
+from fedtune.directions.space import plain_banks, summands
 from fedtune.errors import ClientError, ConfigError, Fault, type_of
 from fedtune.model.base import Base
 from fedtune.model.batches import Batch
@@ -30,23 +33,31 @@ from fedtune.model.loss import cross_entropies, logits_of
 from fedtune.model.quantised_layers import quantised_layers
 from fedtune.model.quantised_linear import QuantisedLinear
 from fedtune.probing.steps import Move
+from fedtune.tensors import Array
 
 
 @dataclass(frozen=True)
 class Path:
     """The low-rank path beside one layer, from p numbers t of its input to p numbers h of its output."""
 
+    ordinal: int
     first: torch.Tensor
     """(p, in), float32."""
     second: torch.Tensor
     """(p, out), float32, already times -u, which is exact for a power of two."""
     by_columns: bool
     """Whether t belongs to the columns of M, h = t M^T, as in nn.Linear; else to its rows, h = t M."""
+    where: str
+    """The matrix's name."""
+
+    def through(self, t: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Return h of t (..., p), given M."""
+        return t @ (matrix.T if self.by_columns else matrix)
 
 
 @dataclass(frozen=True)
-class Vector:
-    """A trainable tensor of one dimension (or none), and the module that holds it."""
+class Holder:
+    """A trainable tensor and a module that holds it."""
 
     ordinal: int
     name: str
@@ -54,15 +65,28 @@ class Vector:
     module: nn.Module
 
 
+class Change(Protocol):
+    """What is added beside the layers."""
+
+    def rows(self, output: torch.Tensor) -> torch.Tensor:
+        """Return an embedding's output for every row of the batch."""
+        ...
+
+    def add(self, t: torch.Tensor, path: Path, output: torch.Tensor) -> torch.Tensor:
+        """Return a layer's output (rows, ..., out) with the change added, given t (rows, ..., p) of its input."""
+        ...
+
+
 class Injected:
     """Losses at w(A) and around it, by one forward pass over the batch repeated once for each loss."""
 
-    def __init__(self, base: Base, ledger: SeedLedger, bank: Kron, vectors: Sequence[Vector]) -> None:
-        self._base, self._bank, self._exponent, self._vectors = base, bank, ledger.exponent, vectors
+    def __init__(self, base: Base, ledger: SeedLedger, holders: Sequence[Holder]) -> None:
+        self._base, self._bank, self._exponent = base, ledger.bank, ledger.exponent
+        entries = base.manifest.entries
+        self._matrices = sorted({each.ordinal for each in holders if len(entries[each.ordinal].shape) == 2})
+        self._vectors = [each for each in holders if len(entries[each.ordinal].shape) < 2]
         self._sums = np.array(ledger.accumulators)
-        self.unit = 2.0**-ledger.exponent
-        self.matrix = self._square()
-        """M, float32 (p, p)."""
+        self._squares = self._make_squares()
         self.moves: Sequence[Move] = ()
         self.num_rows = self.num_columns = 0
         """Of the repeated batch."""
@@ -93,11 +117,30 @@ class Injected:
     def move(self, seed: int, amount: int) -> None:
         """See `seed_rebuild.RebuiltPosition.move`."""
         self._sums = perturb(self._bank, self._sums, seed, amount)
-        self.matrix = self._square()
+        self._squares = self._make_squares()
 
-    def _square(self) -> torch.Tensor:
-        square = self._sums.reshape(self._bank.rank, self._bank.rank).astype(np.float32)
-        return torch.from_numpy(square).to(self._base.device)
+    def rows(self, output: torch.Tensor) -> torch.Tensor:
+        """See `Change.rows`: position embeddings are looked up once for all rows."""
+        return output.expand(self.num_rows, *output.shape[1:]) if len(output) == 1 else output
+
+    def add(self, t: torch.Tensor, path: Path, output: torch.Tensor) -> torch.Tensor:
+        """See `Change.add`; every move's share of the rows has its own M."""
+        if len(t) < len(output):
+            t = t.expand(len(output), *t.shape[1:])
+        check_rows(self, t.shape, path.where)
+        count, banks = len(self.moves), plain_banks(self._bank)
+        h = path.through(t, self._squares[path.ordinal])
+        rank = len(path.first) // len(banks)
+        newest = rank * (len(banks) - 1)  # the place of its first row among those of all banks
+        for part, source, (seed, amount) in zip(h.chunk(count), t.chunk(count), self.moves, strict=True):
+            i, j = divmod(seed, rank)
+            target, origin = (i, j) if path.by_columns else (j, i)
+            part[..., newest + target] += amount * source[..., newest + origin]
+        return add_product(output, h, path)
+
+    def _make_squares(self) -> Mapping[int, torch.Tensor]:
+        blocks = {ordinal: squares(self._bank, self._sums, ordinal) for ordinal in self._matrices}
+        return {ordinal: torch.block_diag(*own).to(self._base.device) for ordinal, own in blocks.items()}
 
     def _moved_vectors(self, seed: int, amount: int) -> Mapping[int, torch.Tensor]:
         own = {vector.ordinal: getattr(vector.module, vector.name).data for vector in self._vectors}
@@ -109,95 +152,106 @@ class Injected:
         return copies
 
 
+def squares(bank: DirectionBank, accumulators: Array, ordinal: int) -> Sequence[torch.Tensor]:
+    """Return M of a matrix for each bank, oldest first: float32 (p, p)."""
+    parts = summands(bank, accumulators, ordinal)
+    side = isqrt(bank.seeds)
+    return [torch.from_numpy(sums.reshape(side, side).astype(np.float32)) for _, sums in parts]
+
+
+def add_product(output: torch.Tensor, h: torch.Tensor, path: Path) -> torch.Tensor:
+    """Return a layer's output with the path's added, given h (rows, ..., p)."""
+    if output.dtype != torch.float32:
+        # The product in float32 first: added in 16 bits, small changes would vanish before they are summed.
+        return output + (h @ path.second).to(output.dtype)
+    flat = torch.addmm(output.reshape(-1, output.shape[-1]), h.reshape(-1, len(path.first)), path.second)
+    return flat.view(output.shape)
+
+
 @contextmanager
 def with_injected_paths(base: Base, ledger: SeedLedger, trainable: Sequence[int]) -> Iterator[Injected]:
     """Attach the paths to the layers that hold the trainable tensors, inside the block.
 
-    Layers are found by the tensor that they hold, not by name: a head that is tied to the embeddings moves with them.
-
     Raises:
         ConfigError: if a matrix belongs to a layer of another kind than linear layers and embeddings.
     """
-    bank = ledger.bank
-    assert isinstance(bank, Kron)
-    parameters, entries = dict(base.model.named_parameters()), base.manifest.entries
-    quantised = {f"{name}.weight": layer for name, layer in quantised_layers(base.model).items()}
-    # Their weights are no parameters: the paths stand beside them all the same.
-    coded = [ordinal for ordinal in trainable if entries[ordinal].name in quantised]
-    ordinals = {id(parameters[entries[ordinal].name]): ordinal for ordinal in trainable if ordinal not in coded}
-    holders: list[tuple[int, str, nn.Module]] = [
-        (ordinal, "weight", quantised[entries[ordinal].name]) for ordinal in coded
-    ]
-    holders += [
-        (ordinals[id(parameter)], name, module)
-        for module in base.model.modules()
-        # Duplicates too: a tied tensor needs a path in every module that holds it.
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-        if id(parameter) in ordinals
-    ]
-    vectors = [Vector(*holder) for holder in holders if len(entries[holder[0]].shape) < 2]
-    state = Injected(base, ledger, bank, vectors)
+    holders, entries = holders_of(base, trainable), base.manifest.entries
+    vectors = [each for each in holders if len(entries[each.ordinal].shape) < 2]
+    state = Injected(base, ledger, holders)
     # The stack removes every hook, also where attaching one of them fails.
     with ExitStack() as stack:
         for module in {id(vector.module): vector.module for vector in vectors}.values():
             own = [vector for vector in vectors if vector.module is module]
             stack.callback(module.register_forward_hook(swap_vectors(state, own)).remove)
-        for ordinal, _, module in holders:
-            if len(entries[ordinal].shape) == 2:
-                u, v = (
-                    torch.from_numpy(side).to(base.device, torch.float32)
-                    for side in bank.factors(ordinal, entries[ordinal].shape)
-                )
-                hook = beside(state, module, u, v, where=entries[ordinal].name)
-                stack.callback(module.register_forward_hook(hook).remove)
+        stack.enter_context(with_paths(base, ledger, holders, state))
         yield state
+
+
+def holders_of(base: Base, trainable: Sequence[int]) -> Sequence[Holder]:
+    """Return every module that holds one of the tensors, those that hold codes alone first.
+
+    By the tensor that they hold, not by name: a head that is tied to the embeddings moves with them.
+    """
+    parameters, entries = dict(base.model.named_parameters()), base.manifest.entries
+    quantised = {f"{name}.weight": layer for name, layer in quantised_layers(base.model).items()}
+    # Their weights are no parameters: the paths stand beside them all the same.
+    coded = [ordinal for ordinal in trainable if entries[ordinal].name in quantised]
+    ordinals = {id(parameters[entries[ordinal].name]): ordinal for ordinal in trainable if ordinal not in coded}
+    return [Holder(ordinal, "weight", quantised[entries[ordinal].name]) for ordinal in coded] + [
+        Holder(ordinals[id(parameter)], name, module)
+        for module in base.model.modules()
+        # Duplicates too: a tied tensor needs a path in every module that holds it.
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if id(parameter) in ordinals
+    ]
+
+
+@contextmanager
+def with_paths(base: Base, ledger: SeedLedger, holders: Sequence[Holder], change: Change) -> Iterator[None]:
+    """Let every layer that holds one of the matrices give out its output with a change added, inside the block.
+
+    Raises:
+        ConfigError: if a matrix belongs to a layer of another kind than linear layers and embeddings.
+    """
+    entries, unit = base.manifest.entries, 2.0**-ledger.exponent
+    with ExitStack() as stack:
+        for holder in holders:
+            entry = entries[holder.ordinal]
+            if len(entry.shape) == 2:
+                u, v = (side.to(base.device) for side in factors(ledger.bank, holder.ordinal, entry.shape))
+                hook = beside(change, holder, u, v, unit=unit, where=entry.name)
+                stack.callback(holder.module.register_forward_hook(hook).remove)
+        yield
+
+
+def factors(bank: DirectionBank, ordinal: int, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return U (p, R) and V (p, C) of all banks of kron, one below the other, float32."""
+    own = [each.factors(ordinal, shape) for each in plain_banks(bank) if isinstance(each, Kron)]
+    u, v = (torch.from_numpy(np.concatenate(sides)).float() for sides in zip(*own, strict=True))
+    return u, v
 
 
 # A forward hook: (module, inputs, output) -> the new output.
 Hook = Callable[[nn.Module, Any, torch.Tensor], torch.Tensor]
 
 
-def beside(state: Injected, module: nn.Module, u: torch.Tensor, v: torch.Tensor, *, where: str) -> Hook:
+def beside(change: Change, holder: Holder, u: torch.Tensor, v: torch.Tensor, *, unit: float, where: str) -> Hook:
     """Return the forward hook that adds a matrix's change to the output of its layer."""
+    module = holder.module
     # Subclasses scale what they look up, or look up something else.
     if type(module).forward is nn.Embedding.forward:
         rows = u.T.contiguous()  # (R, p)
-        lookup = Path(u, -state.unit * v, by_columns=False)
-        return lambda _, inputs, output: add_change(
-            state, rows[inputs[0]], lookup, expand_rows(state, output), where=where
-        )
+        lookup = Path(holder.ordinal, u, -unit * v, by_columns=False, where=where)
+        return lambda _, inputs, output: change.add(rows[inputs[0]], lookup, change.rows(output))
     if isinstance(module, nn.Linear) or (isinstance(module, QuantisedLinear) and not module.transposed):
-        path = Path(v, -state.unit * u, by_columns=True)
+        path = Path(holder.ordinal, v, -unit * u, by_columns=True, where=where)
     elif isinstance(module, Conv1D | QuantisedLinear):
-        path = Path(u, -state.unit * v, by_columns=False)
+        path = Path(holder.ordinal, u, -unit * v, by_columns=False, where=where)
     else:
         expected = "matrices of linear layers and embeddings for 'kron'"
         got = f"{where}, of {type_of(module)}"
         raise ConfigError(Fault("method.bank", expected, got, 'use "hadamard", or leave it out of method.trainable'))
-    return lambda _, inputs, output: add_change(state, inputs[0].float() @ path.first.T, path, output, where=where)
-
-
-def expand_rows(state: Injected, output: torch.Tensor) -> torch.Tensor:
-    """Return an embedding's output for every row of the batch: position embeddings are looked up once for all rows."""
-    return output.expand(state.num_rows, *output.shape[1:]) if len(output) == 1 else output
-
-
-def add_change(state: Injected, t: torch.Tensor, path: Path, output: torch.Tensor, *, where: str) -> torch.Tensor:
-    """Return a layer's output (rows, ..., out) with the change added, given the input's numbers t (rows, ..., p)."""
-    if len(t) < len(output):
-        t = t.expand(len(output), *t.shape[1:])
-    rank, count = len(path.first), len(state.moves)
-    check_rows(state, t.shape, where)
-    h = t @ (state.matrix.T if path.by_columns else state.matrix)
-    for part, source, (seed, amount) in zip(h.chunk(count), t.chunk(count), state.moves, strict=True):
-        i, j = divmod(seed, rank)
-        target, origin = (i, j) if path.by_columns else (j, i)
-        part[..., target] += amount * source[..., origin]
-    if output.dtype != torch.float32:
-        # The product in float32 first: added in 16 bits, small changes would vanish before they are summed.
-        return output + (h @ path.second).to(output.dtype)
-    flat = torch.addmm(output.reshape(-1, output.shape[-1]), h.reshape(-1, rank), path.second)
-    return flat.view(output.shape)
+    return lambda _, inputs, output: change.add(inputs[0].float() @ path.first.T, path, output)
 
 
 def check_rows(state: Injected, shape: Sequence[int], where: str) -> None:
@@ -209,7 +263,7 @@ def check_rows(state: Injected, shape: Sequence[int], where: str) -> None:
         )
 
 
-def swap_vectors(state: Injected, vectors: Sequence[Vector]) -> Hook:
+def swap_vectors(state: Injected, vectors: Sequence[Holder]) -> Hook:
     """Return the forward hook that runs a layer on each part of the batch with the part's own vectors."""
 
     def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:

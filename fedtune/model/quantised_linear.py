@@ -73,8 +73,8 @@ class QuantisedLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             # Outside of the function below, so that the gradient is cast back.
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if torch.is_grad_enabled() and x.requires_grad:
-            product: torch.Tensor = Product.apply(x, self)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            product: torch.Tensor = Product.apply(x, self.bias, self)  # type: ignore[no-untyped-call]
             return product
         return multiply(x, self)
 
@@ -92,16 +92,20 @@ class Product(torch.autograd.Function):
     """A product with a quantised weight whose backward pass reads the codes again, in place of a saved matrix."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: QuantisedLinear) -> torch.Tensor:
-        """Return the layer's output."""
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: QuantisedLinear) -> torch.Tensor:
+        """Return the layer's output; its bias is an argument because it may be trained."""
         ctx.layer = layer
         return multiply(x, layer)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Return the gradient of the input."""
-        (gradient,) = gradients
-        return gradient @ ctx.layer.matrix(gradient.dtype), None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        """Return the gradients of the input and of the bias."""
+        [gradient], (of_input, of_bias, _) = gradients, ctx.needs_input_grad
+        return (
+            gradient @ ctx.layer.matrix(gradient.dtype) if of_input else None,
+            gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.layer.bias.dtype) if of_bias else None,
+            None,
+        )
 
 
 def merge_error() -> ConfigError:

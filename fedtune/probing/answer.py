@@ -8,8 +8,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
-from typing import Generic
+from typing import Any, Generic
 
 import numpy as np
 
@@ -59,6 +58,20 @@ class Prober(Generic[B]):
     """Highest memory use so far."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """The state that a client starts from."""
+
+    ledger: SeedLedger
+    ordinals: tuple[int, ...]
+    """Of the tensors that are moved."""
+
+    def checks(self, prober: Prober[Any]) -> bytes:
+        """Return the checks of some blocks, by which the server sees that both have the same model."""
+        displacement_of = prober.displacement_of(self.ledger.bank)
+        return block_checks(self.ledger, prober.manifest, self.ordinals, displacement_of)
+
+
 def measure_seeds(
     prober: Prober[B],
     examples: Sequence[Example],
@@ -77,21 +90,11 @@ def measure_seeds(
         WireError: if accumulators that were sent are not those that they are said to be.
     """
     name, training = assignment.plan.client, assignment.plan.training
-    reach = TensorSelection(probe.bank, probe.trainable, vectors=probe.vectors, embeddings=probe.embeddings)
-    ordinals = trainable_ordinals(prober.manifest, reach, prober.layers)
-    bank = directions(probe.bank, probe.seeds, [*probe.earlier, probe.key], probe.groups, ordinals)
-    update = partial(ClientUpdate, name, assignment.round, len(examples))
-    ledger = restore(
-        probe.state,
-        bank=bank,
-        exponent=probe.exponent,
-        manifest=prober.manifest.digest,
-        sampling=probe.sampling,
-        replicas=replicas,
-    )
+    start = start_of(prober, probe, replicas)
     # Not an error: a client that was away for long lacks the state, and is sent the whole of it.
-    if ledger is None:
-        return update(ProbeResult(np.empty(0, np.int8), lost=True))
+    if start is None:
+        return lost(assignment, len(examples))
+    ledger, bank = start.ledger, start.ledger.bank
     steps, sampling = training.steps, probe.sampling
     if probe.calibrate:
         # Uniform: before there are scalars, no seed has a level by which `pro` could draw it.
@@ -101,7 +104,7 @@ def measure_seeds(
         derive(assignment.seed, "fedkseed.ids"), steps, bank.seeds, sampling=sampling, levels=probe.levels
     )
     began = time.perf_counter()
-    with prober.at(ledger, ordinals) as position:
+    with prober.at(ledger, start.ordinals) as position:
         measurements = measure(
             position,
             prober.collate,
@@ -122,13 +125,37 @@ def measure_seeds(
         loss_before=measurements.loss_before,
         loss_after=measurements.loss_after,
     )
-    return update(
-        ProbeResult(
-            scalars=np.empty(0, np.int8) if probe.calibrate else measurements.scalars,
-            state=ledger.digest[:STATE],
-            checks=block_checks(ledger, prober.manifest, ordinals, prober.displacement_of(bank)),
-            skipped=measurements.skipped,
-            rms=measurements.rms if probe.calibrate else None,
-        ),
-        measured,
+    result = ProbeResult(
+        scalars=np.empty(0, np.int8) if probe.calibrate else measurements.scalars,
+        state=ledger.digest[:STATE],
+        checks=start.checks(prober),
+        skipped=measurements.skipped,
+        rms=measurements.rms if probe.calibrate else None,
     )
+    return ClientUpdate(name, assignment.round, len(examples), result, measured)
+
+
+def start_of(prober: Prober[B], probe: ProbeSeeds, replicas: Replicas) -> Start | None:
+    """Return the state that an order describes, and which tensors it moves; None if the client lacks what it builds on.
+
+    Raises:
+        ConfigError: if the base has no tensors such as are to be moved.
+        WireError: if accumulators that were sent are not those that they are said to be.
+    """
+    reach = TensorSelection(probe.bank, probe.trainable, vectors=probe.vectors, embeddings=probe.embeddings)
+    ordinals = trainable_ordinals(prober.manifest, reach, prober.layers)
+    ledger = restore(
+        probe.state,
+        bank=directions(probe.bank, probe.seeds, [*probe.earlier, probe.key], probe.groups, ordinals),
+        exponent=probe.exponent,
+        manifest=prober.manifest.digest,
+        sampling=probe.sampling,
+        replicas=replicas,
+    )
+    return Start(ledger, ordinals) if ledger else None
+
+
+def lost(assignment: Assignment, num_examples: int) -> ClientUpdate:
+    """Return the answer of a client that lacks the state of an order, and asks for the whole of it."""
+    result = ProbeResult(np.empty(0, np.int8), lost=True)
+    return ClientUpdate(assignment.plan.client, assignment.round, num_examples, result)

@@ -13,11 +13,11 @@ import numpy as np
 from fedtune.config import planned_training
 from fedtune.data.encode import Example
 from fedtune.devices.cost import Work, flops_per_token, sizes
-from fedtune.devices.machine import forget_peak, peak_bytes, resident_bytes
 from fedtune.devices.memory import HEAP, Footprint, memory
 from fedtune.messages import Plan, Training, TrainLora
 from fedtune.model.libraries import threads
 from fedtune.model.lora import start, with_adapters
+from fedtune.model.machine import forget_peak, peak_bytes, resident_bytes
 from fedtune.model.train import train, uses_autocast
 from fedtune.planning.policy import Arm
 from fedtune.runs.fleet import Fleet

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from fedtune.config import Recipe
 from fedtune.config.recipe import requested_ratio
-from fedtune.devices.machine import available_bytes
 from fedtune.devices.memory import memory
 from fedtune.errors import ConfigError, Fault
+from fedtune.model.machine import available_bytes
 from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.policy import Arm
 from fedtune.runs.bill import nearest, with_steps

@@ -10,8 +10,8 @@ from typing import Any
 from fedtune.config import bind_for_sites, render
 from fedtune.config.pinning import pin_digest
 from fedtune.config.recipe import AT_SITES
-from fedtune.devices.machine import available_bytes
 from fedtune.errors import ConfigError, Fault
+from fedtune.model.machine import available_bytes
 from fedtune.rounds.schedule import rate_text
 from fedtune.runs.bill import Bill, bill_of
 from fedtune.runs.start import saturation_notes

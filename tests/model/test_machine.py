@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.devices import machine
+from fedtune.model import machine
 
 
 def test_memory_of_machine_and_process_are_stated() -> None:
