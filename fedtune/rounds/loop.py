@@ -13,10 +13,12 @@ from fedtune.messages import (
     AdmittedUpdate,
     Assignment,
     Client,
+    DescendResult,
     Failure,
     LoraResult,
     Outcome,
     PlannedClient,
+    ProbeResult,
     Traffic,
     TrainLora,
     Weight,
@@ -93,7 +95,7 @@ class RoundResult:
             transfer_s=spent.transfer_s if spent else None,
             bytes_down=self.traffic[name].down,
             bytes_up=self.traffic[name].up,
-            steps=assignment.plan.training.steps if assignment else None,
+            steps=steps_done(assignment, outcome) if assignment else None,
             **probe_fields(self.probes.get(name)),
         )
         if name in self.planned:
@@ -127,6 +129,13 @@ def arm_of(planned: PlannedClient) -> Mapping[str, Any]:
         "view": plan.view,
         "batch": planned.batch,
     }
+
+
+def steps_done(order: Assignment, outcome: Outcome) -> int | None:
+    """Return the steps of an order: those of measuring, where a client has measured seeds in place of descending."""
+    instead = order.probed_instead()
+    measured = isinstance(outcome, AdmittedUpdate) and isinstance(outcome.update.result, ProbeResult)
+    return (instead if instead and measured else order).plan.training.steps
 
 
 def probe_fields(probe: tuple[float | None, float | None] | None) -> Mapping[str, Any]:
@@ -399,4 +408,13 @@ def without_blobs(assignment: Assignment) -> Assignment:
 def without_tensors(outcome: Outcome) -> Outcome:
     if isinstance(outcome, Failure):
         return outcome
-    return replace(outcome, update=replace(outcome.update, result=LoraResult({})))
+    result = outcome.update.result
+    # What kind it is says what the client did. A copy, or the empty part would hold all that came.
+    match result:
+        case ProbeResult():
+            few: Any = replace(result, scalars=result.scalars[:0].copy())
+        case DescendResult():
+            few = replace(result, numbers=result.numbers[:0].copy())
+        case _:
+            few = LoraResult({})
+    return replace(outcome, update=replace(outcome.update, result=few))

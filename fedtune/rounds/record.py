@@ -45,7 +45,10 @@ class ClientRecord:
     deadline_s: float | None = None
     """When the planner expected the round to end; None if it expects nothing."""
     why: str = ""
-    """The planner's reason for its choice."""
+    """The planner's reason for its choice; and why a client that was to descend has probed."""
+    verb: Literal["", "adapt", "probe", "descend"] = ""
+    """`descend`, or `probe` of a client that was to descend if it could; left out where it is what the method's clients
+    do by themselves."""
     compute_s: float | None = None
     """Seconds of training on the client's device, simulated or measured; None without a clock."""
     transfer_s: float | None = None

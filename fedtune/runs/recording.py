@@ -14,10 +14,11 @@ from fedtune.config import Recipe
 from fedtune.config.recipe import method_of
 from fedtune.lora.dense import Summed, energy
 from fedtune.lora.lowrank import compress
-from fedtune.messages import Failure, PlannedClient, TrainLora
+from fedtune.messages import VERBS, Assignment, Failure, Outcome, PlannedClient, ProbeResult, TrainLora
 from fedtune.methods.method import GlobalModel
+from fedtune.planning.verbs import DESCENDING
 from fedtune.pruning.structure import ModelStructure
-from fedtune.rounds.loop import RoundResult, arm_of, probe_fields
+from fedtune.rounds.loop import RoundResult, arm_of, probe_fields, steps_done
 from fedtune.rounds.record import ClientRecord, ModuleRecord, RoundRecord, UnsolicitedRecord
 from fedtune.rounds.selection import ends_early, kept_record
 from fedtune.rounds.transport import UnsolicitedReply
@@ -168,10 +169,10 @@ def client_record(finished: RoundResult, name: str) -> ClientRecord:
         record = replace(
             record,
             rank=plan.rank if isinstance(task, TrainLora) else None,
-            steps=plan.training.steps,
+            steps=steps_done(finished.assignments[name], outcome),
             ratio=plan.ratio if isinstance(task, TrainLora) and task.pruning is not None else None,
             deadline_s=planned.deadline_s,
-            why=planned.why,
+            **{"why": planned.why, **verb_of(planned, finished.assignments[name], outcome)},
             **arm_of(planned),
         )
     if device is not None:
@@ -194,6 +195,23 @@ def client_record(finished: RoundResult, name: str) -> ClientRecord:
         whole_loss_after=measured.whole_loss_after,
         module_importance=measured.module_importance,
     )
+
+
+def verb_of(planned: PlannedClient, order: Assignment, outcome: Outcome) -> Mapping[str, Any]:
+    """Return the fields of a client that was asked, or meant, to descend: what it did, and why if that is another."""
+    asked, result = VERBS[type(order.task)], None if isinstance(outcome, Failure) else outcome.update.result
+    if asked != "descend":
+        # Without an order to descend only the round that measures the step of a scalar differs from the plan.
+        why = "measures the step of a scalar, as all do first"
+        return {} if planned.verb not in DESCENDING else {"verb": asked, "why": with_reason(planned.why, why)}
+    if not isinstance(result, ProbeResult):
+        return {"verb": asked}
+    why = "probed in place of descending, as its order allows; its own log says what it lacked"
+    return {"verb": "probe", "why": with_reason(planned.why, why)}
+
+
+def with_reason(why: str, reason: str) -> str:
+    return f"{why}; {reason}" if why else reason
 
 
 def mean_loss(losses: Sequence[tuple[ClientRecord, float | None]]) -> float | None:

@@ -80,6 +80,8 @@ def encode_client(client: ClientRecord) -> Mapping[str, Any]:
         line["deadline_s"] = client.deadline_s
     if client.why:
         line["why"] = client.why
+    if client.verb:
+        line["verb"] = client.verb
     # At their defaults they are left out, as in the lines of releases before 0.3.0.
     usual = {field.name: field.default for field in fields(client)}
     line |= {key: value for key in (*ARM_FIELDS, *PROBE_FIELDS) if (value := getattr(client, key)) != usual[key]}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,20 +13,27 @@ from fedtune.messages import (
     AdmittedUpdate,
     Assignment,
     ClientUpdate,
+    DescendResult,
+    DescendSeeds,
     Failure,
     LoraResult,
     Measured,
     Plan,
     PlannedClient,
+    ProbeResult,
+    ProbeSeeds,
+    SeedState,
+    SeedTask,
     Traffic,
     Training,
     TrainLora,
+    VerbChoice,
 )
 from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.record import ModuleRecord, RoundRecord, observations
 from fedtune.rounds.transport import UnsolicitedReply
 from fedtune.runs.context import ModelScores
-from fedtune.runs.recording import record_base, round_record
+from fedtune.runs.recording import client_record, record_base, round_record
 from fedtune.runs.summary import failures
 from fedtune.store.round_records import append_round, read_rounds
 from tests.test_crash import setting
@@ -92,6 +100,62 @@ def test_a_planner_observes_the_same_from_a_round_and_from_its_line() -> None:
 def test_losses_are_means_by_examples_over_the_updates_that_were_used() -> None:
     assert record().loss_before == pytest.approx((4.0 * 30 + 2.0 * 10) / 40)
     assert record().loss_after == pytest.approx((2.0 * 30 + 1.0 * 10) / 40)
+
+
+PROBE = ProbeSeeds("hadamard", 4, 1, 24, 4, 8, SeedState("whole", 0, b"", 1, bytes(32)))
+FALLBACK = Training(batch=1, learning_rate=1e-4, steps=20)
+DESCEND = DescendSeeds(PROBE, 4, 9, fallback=FALLBACK)
+MOVED, PROBED = DescendResult(np.ones(4, np.int8), 0), ProbeResult(np.ones(20, np.int8))
+
+
+def round_of_seeds() -> RoundResult:
+    """Return a round of clients that may descend: what each was asked, and what it did."""
+    first = replace(PROBE, calibrate=True)
+    cases: dict[str, tuple[VerbChoice, SeedTask, Any]] = {
+        "ann": ("descend", DESCEND, MOVED),
+        "bob": ("auto", DESCEND, PROBED),
+        "cyd": ("probe", PROBE, PROBED),
+        "dan": ("auto", first, ProbeResult(np.ones(0, np.int8), rms=1.0)),
+        "eve": ("auto", DESCEND, None),
+    }
+    return replace(
+        result(),
+        examples=dict.fromkeys(cases, 10),
+        planned={n: PlannedClient(replace(PLAN, client=n), verb=v, probing=FALLBACK) for n, (v, _, _) in cases.items()},
+        assignments={n: Assignment("fedkseed", 1, 0, replace(PLAN, client=n), t) for n, (_, t, _) in cases.items()},
+        outcomes={
+            name: AdmittedUpdate(ClientUpdate(name, 1, 10, one)) if one else Failure.from_text(name, "no memory")
+            for name, (_, _, one) in cases.items()
+        },
+        norms={},
+        traffic={name: Traffic(down=100, up=10) for name in cases},
+    )
+
+
+def test_what_a_client_did_that_was_to_descend_is_recorded_with_its_reason() -> None:
+    finished = round_of_seeds()
+    clients = {name: client_record(finished, name) for name in finished.outcomes}
+    assert {name: one.verb for name, one in clients.items()} == {
+        "ann": "descend",
+        "bob": "probe",
+        "cyd": "",
+        "dan": "probe",
+        "eve": "descend",
+    }
+    assert clients["bob"].why == "probed in place of descending, as its order allows; its own log says what it lacked"
+    assert clients["dan"].why == "measures the step of a scalar, as all do first"
+    assert [clients[name].steps for name in ("ann", "bob", "cyd", "eve")] == [3, 20, 3, 3]
+
+
+def test_a_planner_observes_the_same_of_clients_that_descend_from_a_round_and_from_its_line(tmp_path: Path) -> None:
+    finished = round_of_seeds()
+    written = round_record(
+        finished, decomposed={}, energy_kept={}, state_energy_kept={}, figures={}, scores=ModelScores()
+    )
+    append_round(tmp_path, replace(written, round=0))
+    (again,) = read_rounds(tmp_path)
+    assert again == replace(written, round=0)
+    assert observations(again) == finished.observations
 
 
 def test_a_failed_client_keeps_its_reason_and_its_bytes() -> None:
