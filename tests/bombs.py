@@ -208,6 +208,16 @@ BOMBS: Mapping[str, Bomb] = {
         read_probe_update,
     ),
     "probe update: groups within groups": (lambda: groups(MANY), read_probe_update),
+    "numbers: 2^32 of 2 bits in a byte": (
+        lambda: pb.ProbeUpdate(numbers=b"x", count=2**32 - 1, bits=2).SerializeToString(),
+        read_probe_update,
+    ),
+    "numbers: as many as a header holds, of 2 bits": (
+        lambda: pb.ProbeUpdate(
+            numbers=bytes(codec.MAX_HEADER_BYTES - 64), count=4 * (codec.MAX_HEADER_BYTES - 64), bits=2
+        ).SerializeToString(),
+        read_probe_update,
+    ),
     "scores: more than an answer has": (lambda: bytes(scores.MAX_SCORES_BYTES + 1), read_scores),
     "scores: as many metrics as fit": (
         lambda: pb.ScoreUpdate(client="ann", metrics={f"{i}": 1.0 for i in range(1000)}).SerializeToString(),
@@ -230,6 +240,12 @@ BOMBS: Mapping[str, Bomb] = {
     ),
     "assignment: 2^32 seeds": (
         lambda: pb.Assignment(verb=pb.PROBE, probe=pb.Probe(seeds=2**32 - 1, steps=1, batch=1)).SerializeToString(),
+        read_assignment,
+    ),
+    "assignment: 2^32 numbers": (
+        lambda: pb.Assignment(
+            verb=pb.DESCEND, descend=pb.Descend(steps=1, batch=1, learning_rate=1.0, bits=8, count=2**32 - 1)
+        ).SerializeToString(),
         read_assignment,
     ),
     "assignment: 100,000 stages of pruning": (

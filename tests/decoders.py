@@ -20,7 +20,7 @@ from fedtune.link.pki.roster import Party
 from fedtune.link.pki.signing import key_id, public_bytes, sign
 from fedtune.link.rejections import RejectionError
 from fedtune.lora.adapter import Factors
-from fedtune.messages import ProbeSeeds, Training
+from fedtune.messages import DescendSeeds, ProbeSeeds, Training
 from fedtune.methods import METHODS
 from fedtune.methods import serialization as states
 from fedtune.store import peft
@@ -31,7 +31,7 @@ from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.harness import KEY, signed_reply
 from tests.link.pki.test_roster import PUBLIC, ROOT, ROSTER
 from tests.link.test_fuzz import BLUEPRINT, settings_of
-from tests.wire import test_codec, test_probe, test_profile, test_scores
+from tests.wire import test_codec, test_descend, test_probe, test_profile, test_scores
 
 LIMIT = 1 << 20
 MEMBER = Party("anna", "a", "client", public_bytes(KEY), ("1",), 0, 1)
@@ -88,6 +88,16 @@ def decoders(folder: Path) -> list[Decoder]:
             "probe update",
             codec.encode_update(test_probe.UPDATE),
             lambda data: codec.decode_update(data, client="bank-1", limit_bytes=LIMIT, task=ProbeSeeds),
+        ),
+        Decoder(
+            "update of a client that descends",
+            codec.encode_update(test_descend.UPDATE),
+            lambda data: codec.decode_update(data, client="bank-1", limit_bytes=LIMIT, task=DescendSeeds),
+        ),
+        Decoder(
+            "order to descend",
+            codec.encode_assignment(test_descend.ASSIGNMENT).header,
+            lambda data: codec.decode_assignment(data, {}),
         ),
         Decoder("assignment", assignment.header, lambda data: codec.decode_assignment(data, assignment.blobs)),
         Decoder(

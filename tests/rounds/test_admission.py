@@ -14,6 +14,8 @@ from fedtune.messages import (
     Assignment,
     Blueprint,
     ClientUpdate,
+    DescendResult,
+    DescendSeeds,
     Failure,
     LoraResult,
     Measured,
@@ -22,6 +24,7 @@ from fedtune.messages import (
     ProbeResult,
     ProbeSeeds,
     Pruning,
+    ScalarBits,
     SeedState,
     TailRank,
     Training,
@@ -32,7 +35,7 @@ from fedtune.number_formats import from_wire, to_wire
 from fedtune.pruning.least_squares import moment_shapes
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import Block, BlockLayout, BlockStructure, ModelStructure, bitmap
-from fedtune.rounds.admission import MAX_SKIPPED, admit, largest_update, refuse_other_codes
+from fedtune.rounds.admission import MAX_SKIPPED, admit, largest_update, refuse_other_codes, scalar_bytes_of
 from fedtune.tensors import Tensors, cast
 from fedtune.wire.codec import encode_update
 
@@ -338,6 +341,95 @@ def test_no_honest_answer_to_a_probe_is_too_long() -> None:
         data = encode_update(replace(full, round=2**32 - 1, num_examples=2**63, measured=measured))
         limit = largest_update(ProbeSeeds, rank=1, scalar_bytes=steps, blueprint=BLUEPRINT)
         assert len(data) <= limit <= len(data) + 1024
+
+
+COUNT = 16
+FALLBACK = Training(batch=1, learning_rate=1e-4, steps=12)
+
+
+def descend(bits: ScalarBits = 8, **changes: Any) -> Assignment:
+    """Return an order to move 16 numbers within 2^5 by 20 steps, or to measure 12 scalars."""
+    asked = DescendSeeds(probe().probe, COUNT, largest_shift=5, bits=bits, fallback=FALLBACK)
+    return replace(probe(), task=replace(asked, **changes))
+
+
+def moved(numbers: Any = (100,) * COUNT, shift: int = 3, bits: Any = 8, **changes: Any) -> ClientUpdate:
+    result = DescendResult(np.array(numbers, np.int8), shift, bits, state=bytes(8), checks=bytes(16))
+    return ClientUpdate(client="anna", round=3, num_examples=10, result=replace(result, **changes))
+
+
+@pytest.mark.parametrize(
+    ("good", "order"),
+    [
+        (moved(), descend()),
+        (moved([127, -127] * 8, 5), descend()),
+        (moved([0] * COUNT, 0), descend()),
+        (moved([0, 1] * 8, 0), descend()),
+        (moved([64] + [0] * 15, 5), descend()),
+        (moved([4, -7] * 8, 5, 4), descend(4)),
+        (moved([1, -1, 0, 0] * 4, 5, 2), descend(2)),
+        (moved(skipped=2), descend()),
+        (moved(), descend(fallback=None)),
+        (answer([127] * 12), descend()),
+    ],
+)
+def test_numbers_that_answer_an_order_to_descend_are_taken_as_they_are(good: ClientUpdate, order: Assignment) -> None:
+    assert taken(admit(good, order, BLUEPRINT, num_examples=10)) is good
+
+
+@pytest.mark.guarantee("G4")
+@pytest.mark.parametrize(
+    ("bad", "order", "words"),
+    [
+        (moved([100] * 15), descend(), ["expected 16 numbers", "got 15"]),
+        (moved([100] * 17), descend(), ["expected 16 numbers", "got 17"]),
+        (moved([]), descend(), ["expected 16 numbers", "got 0"]),
+        (moved([7] * COUNT, bits=4), descend(), ["numbers of 8 bits", "got 4"]),
+        (moved(), descend(2), ["numbers of 2 bits", "got 8"]),
+        (moved(shift=6), descend(), ["numbers times 2^5 at most", "got numbers times 2^6"]),
+        (moved(shift=2**31), descend(), ["numbers times 2^5 at most"]),
+        (moved(shift=-1), descend(), ["numbers times 2^5 at most", "2^-1"]),
+        (moved([-128] + [0] * 15), descend(), ["from -127 to 127", "of size 128"]),
+        (moved([-8] * COUNT, bits=4), descend(4), ["from -7 to 7", "of size 8"]),
+        (moved([100] * COUNT, bits=4), descend(4), ["from -7 to 7", "of size 100"]),
+        (moved([-2] * COUNT, bits=2), descend(2), ["from -1 to 1", "of size 2"]),
+        (moved([63] * COUNT, 1), descend(), ["the smallest shift", "a shift of 1 for numbers up to 63"]),
+        (moved([0] * COUNT, 1), descend(), ["the smallest shift"]),
+        (moved(skipped=3), descend(), ["at most 10% of its steps", "3 of 20", "lower descend.learning_rate"]),
+        (moved(), probe(), ["expected scalars of seeds; got numbers of a client that descends"]),
+        (moved(), probe(calibrate=True), ["expected scalars of seeds; got numbers"]),
+        (answer([5] * 12), descend(fallback=None), ["expected the numbers of a client that descends; got scalars"]),
+        (answer([5] * 20), descend(), ["12 scalars, one per seed drawn", "got 20"]),
+        (answer([-128] * 12), descend(), ["-127 to 127", "got -128"]),
+        (answer([5] * 12, skipped=2), descend(), ["at most 10%", "2 of 12"]),
+        (update(), descend(), ["expected numbers of seeds; got tensors"]),
+        (replace(moved(), round=2), descend(), ["round 3", "got 2"]),
+        (replace(moved(), client="eve"), descend(), ["'anna'", "'eve'"]),
+        (replace(moved(), measured=Measured(loss_after=np.inf)), descend(), ["loss_after", "inf"]),
+        (moved(), replace(assignment(), base=""), ["expected tensors"]),
+    ],
+)
+def test_any_other_answer_to_an_order_to_descend_is_refused(
+    bad: ClientUpdate, order: Assignment, words: list[str]
+) -> None:
+    outcome = admit(bad, order, BLUEPRINT, num_examples=10)
+    assert isinstance(outcome, Failure)
+    assert (outcome.client, outcome.kind) == ("anna", "refused")
+    assert all(word in outcome.reason for word in words), outcome.reason
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("steps", [1, 65_535])
+def test_no_honest_answer_to_an_order_to_descend_is_too_long(bits: ScalarBits, steps: int) -> None:
+    task = replace(descend(bits).descend, count=4096, fallback=replace(FALLBACK, steps=steps))
+    measured = Measured(1e9, 2**50, 2**52, loss_before=1e9, loss_after=1e9)
+    longest = [answer([-127] * steps), moved([1] * 4096, 24, bits, skipped=2**32 - 1)]
+    sizes = [len(encode_update(replace(one, round=2**32 - 1, measured=measured))) for one in longest]
+    own = scalar_bytes_of(task, FALLBACK)
+    limit = largest_update(DescendSeeds, rank=1, scalar_bytes=own, blueprint=BLUEPRINT)
+    assert max(sizes) <= limit <= max(sizes) + 1024
+    alone = scalar_bytes_of(replace(task, fallback=None), FALLBACK)
+    assert alone == 4096 * bits // 8
 
 
 @pytest.mark.parametrize("skipped", [1, 16])

@@ -69,6 +69,25 @@ def test_without_a_limit_or_a_median_to_trust_all_are_taken(sizes: tuple[float, 
     assert (len(norms), len(refused)) == (len(sizes), 0)
 
 
+def test_one_client_that_descends_among_many_that_probe_is_no_outlier_and_neither_are_they() -> None:
+    phones = [sized(f"phone-{n:02}", scalars=100.0) for n in range(99)]
+    norms, refused = refuse_outliers([*phones, sized("gpu", numbers=1e6)], 3.0)
+    assert (len(norms), refused) == (100, [])
+    many = [sized(f"gpu-{n:02}", numbers=1e6) for n in range(99)]
+    norms, refused = refuse_outliers([*many, sized("phone", scalars=100.0)], 3.0)
+    assert (len(norms), refused) == (100, [])
+
+
+def test_a_liar_of_either_kind_is_refused_among_its_own() -> None:
+    phones = [*(sized(f"phone-{n}", scalars=100.0) for n in range(3)), sized("loud", scalars=301.0)]
+    gpus = [*(sized(f"gpu-{n}", numbers=1e6) for n in range(3)), sized("large", numbers=3.1e6)]
+    norms, refused = refuse_outliers([*phones, *gpus], 3.0)
+    assert [(one.client, one.where.partition(",")[0]) for one in refused] == [("large", "numbers"), ("loud", "scalars")]
+    assert len(norms) == 6
+    # Of two of a kind neither is an outlier, however many there are of the other.
+    assert refuse_outliers([*phones[:3], sized("a", numbers=1.0), sized("b", numbers=1e9)], 1.5)[1] == []
+
+
 def test_the_norm_of_an_update_is_that_of_all_that_moves_in_the_model() -> None:
     assert sized("ann", change=3.0, saved=4.0, factors=100.0, mean=100.0).norm == 5.0
     assert refuse_outliers([sized("ann", change=3.0, saved=4.0)], 10.0)[0] == {"ann": 5.0}
