@@ -23,10 +23,10 @@ from fedtune.tensors import Array
 MAX_GROUPS = 64
 MAX_BANKS = 256
 """Every one costs another pass of each rebuild."""
-MAX_TENSORS = 2**16
+MAX_TENSORS = 2**12
 """With a group for each."""
-MAX_ACCUMULATORS = 2**22
-"""16 MiB as they travel at most, and some times as much while they are summed."""
+MAX_ACCUMULATORS = 2**20
+"""4 MiB as they travel at most, within the limit of a message's header; beyond, adapters of LoRA are shorter."""
 
 
 @dataclass(frozen=True)

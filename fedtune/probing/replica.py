@@ -20,8 +20,8 @@ from fedtune.tensors import Array
 Key = tuple[str, int, Groups, tuple[int, ...], int, bytes]
 """Of a run: its kind of bank, K, its groups and the tensors that are some, the key of its first bank, the manifest."""
 
-REMEMBERED = 2**22
-"""Numbers of all remembered rounds of a run, 16 MiB; two rounds are remembered however many numbers they have."""
+REMEMBERED = 2**21
+"""Numbers of a run's earlier rounds, 8 MiB; one of these rounds is remembered however many numbers it has."""
 
 
 class Replicas:

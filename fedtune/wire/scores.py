@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from fedtune.directions.space import MAX_ACCUMULATORS
 from fedtune.messages import ClientScores, ScoreRequest
 from fedtune.tensors import Tensors
 from fedtune.wire.codec import (
@@ -21,7 +22,8 @@ from fedtune.wire.expect import LARGEST, expect
 from fedtune.wire.v1 import round_pb2 as pb
 
 ROLES = ("global", "saved")
-MAX_LEDGER_BYTES = 64 * 1024
+MAX_LEDGER_BYTES = 4 * MAX_ACCUMULATORS + 32 * 1024
+"""Every number in 32 bits, and what stands before them."""
 MAX_METRICS = 32
 MAX_SCORES_BYTES = 16 * 1024
 """Of an encoded answer."""

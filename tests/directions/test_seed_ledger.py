@@ -12,6 +12,7 @@ from fedtune.directions.bank import BANKS
 from fedtune.directions.blocks import Groups
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.seed_ledger import (
+    GROUPED_HEADER,
     Manifest,
     SeedLedger,
     TensorEntry,
@@ -19,9 +20,11 @@ from fedtune.directions.seed_ledger import (
     decode_manifest,
     describe_base,
 )
-from fedtune.directions.space import MAX_TENSORS, directions
+from fedtune.directions.space import MAX_ACCUMULATORS, MAX_BANKS, MAX_TENSORS, directions
 from fedtune.errors import ConfigError, WireError
 from fedtune.tensors import DTYPES, Array
+from fedtune.wire import codec
+from fedtune.wire.scores import MAX_LEDGER_BYTES
 from tests.directions.vectors import SEED, SMALL, accumulators, small_w0
 
 MANIFEST = describe_base({"b.weight": small_w0((4, 6)), "a.bias": small_w0((5,))}).digest
@@ -164,7 +167,7 @@ def test_every_truncated_and_every_longer_ledger_of_groups_is_refused(ledger: Se
         (GROUPED, 54, struct.pack("<H", 0), "expected 96 bytes for 4 seeds; got 104"),
         (GROUPED, 64, struct.pack("<Q", SEED), "another one for every bank"),
         (GROUPED, 72, struct.pack("<i", 2**31 - 7), "sums that fit into 32 bits"),
-        (BY_TENSOR, 64, struct.pack("<I", 2**32 - 1), "at most 65536 tensors; got 4294967295"),
+        (BY_TENSOR, 64, struct.pack("<I", 2**32 - 1), "at most 4096 tensors; got 4294967295"),
         (BY_TENSOR, 64, struct.pack("<I", MAX_TENSORS), "end within one"),
         (BY_TENSOR, 64, struct.pack("<I", 0), "ordinals in rising order"),
         (BY_TENSOR, 68, struct.pack("<I", 9), "ordinals in rising order"),
@@ -182,6 +185,11 @@ def test_a_ledger_of_groups_that_no_run_wrote_is_refused(
         return
     with pytest.raises(WireError, match=reason):
         decode_ledger(bytes(data))
+
+
+def test_the_longest_ledger_of_all_fits_into_a_message() -> None:
+    most = GROUPED_HEADER.size + 8 * MAX_BANKS + 4 + 4 * MAX_TENSORS + 4 * MAX_ACCUMULATORS
+    assert most <= MAX_LEDGER_BYTES < codec.MAX_HEADER_BYTES - 16 * 1024  # ordinals, and what else is asked
 
 
 def test_one_bank_of_one_group_has_no_second_form() -> None:

@@ -9,7 +9,13 @@ import pytest
 from fedtune.errors import WireError
 from fedtune.messages import ClientScores, ScoreRequest
 from fedtune.wire.codec import parse
-from fedtune.wire.scores import decode_score_request, decode_scores, encode_score_request, encode_scores
+from fedtune.wire.scores import (
+    MAX_LEDGER_BYTES,
+    decode_score_request,
+    decode_scores,
+    encode_score_request,
+    encode_scores,
+)
 from fedtune.wire.v1 import round_pb2 as pb
 
 TENSORS = {"q.a": np.ones((2, 3), np.float32), "q.b": np.zeros((4, 2), np.float32)}
@@ -38,7 +44,7 @@ def test_a_request_for_seeds_carries_the_ledger_and_what_it_moves() -> None:
     [
         ({"verb": pb.ADAPT}, "the verb SCORE"),
         ({"score": pb.Score(batch=0)}, "a batch of at least 1"),
-        ({"score": pb.Score(batch=1, ledger=b"x" * 70_000)}, "a ledger of at most"),
+        ({"score": pb.Score(batch=1, ledger=bytes(MAX_LEDGER_BYTES + 1))}, "a ledger of at most"),
         ({"score": pb.Score(batch=1, ledger=b"x", trainable=[2, 1])}, "in rising order"),
         ({"score": pb.Score(batch=1, trainable=[1])}, "beside a ledger alone"),
         ({"down": [pb.Blob(role="local")]}, "roles of global, saved"),
