@@ -17,6 +17,7 @@ import numpy as np
 
 from fedtune.directions.bank import BANKS, DirectionBank
 from fedtune.directions.blocks import BLOCK, Groups, places_of, positions
+from fedtune.directions.kron import Kron, change_factors
 from fedtune.errors import ConfigError, Fault
 from fedtune.tensors import Array
 
@@ -187,6 +188,39 @@ def group_of(bank: Grouped, ordinal: int) -> int:
         expected = f"one of the tensors {list(bank.tensors)[:8]} that have numbers of their own"
         raise ConfigError(Fault("groups", expected, str(ordinal), "name the tensors of the run that wrote the ledger"))
     return bank.tensors.index(ordinal)
+
+
+def check_moved(bank: DirectionBank, trainable: Sequence[int]) -> None:
+    """Raise ConfigError where directions with a group for each tensor belong to others than those that are moved.
+
+    With fewer of them the weights would be those of no round of the run.
+    """
+    if isinstance(bank, Grouped) and bank.groups == "tensor" and tuple(trainable) != bank.tensors:
+        expected, got = (f"{len(ordinals)} tensors, {list(ordinals)[:8]}" for ordinals in (bank.tensors, trainable))
+        hint = "name the tensors that the run moved, as its folder of seeds does"
+        raise ConfigError(Fault("trainable", f"those that the ledger has numbers for: {expected}", got, hint))
+
+
+def stacked_factors(
+    bank: DirectionBank,
+    accumulators: Array,
+    *,
+    ordinal: int,
+    shape: Sequence[int],
+    exponent: int,
+    transposed: bool = False,
+) -> tuple[Array, Array]:
+    """Return a matrix's change by banks of kron as factors a (r, in) and b (out, r), float32; r is p for each bank.
+
+    See `kron.change_factors`, whose factors of one bank stand below those of the bank before it.
+    """
+    a, b = list[Array](), list[Array]()
+    for plain, sums in summands(bank, accumulators, ordinal):
+        assert isinstance(plain, Kron)
+        factors = change_factors(plain, sums, ordinal=ordinal, shape=shape, exponent=exponent, transposed=transposed)
+        a.append(factors[0])
+        b.append(factors[1])
+    return np.concatenate(a), np.concatenate(b, axis=1)
 
 
 def group_faults(name: str, groups: Groups, tensors: Sequence[int]) -> Iterator[Fault]:

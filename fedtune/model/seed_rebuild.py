@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from fedtune.directions.bank import check_accumulators, perturb
-from fedtune.directions.kron import Kron, change_factors
+from fedtune.directions.kron import Kron
 from fedtune.directions.moves_torch import mover
 from fedtune.directions.rebuild_torch import rewriter
 from fedtune.directions.seed_ledger import SeedLedger
+from fedtune.directions.space import check_moved, stacked_factors
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.base import Base, to_torch
 from fedtune.model.batches import Batch
@@ -56,14 +57,15 @@ def with_rebuilt_weights(base: Base, ledger: SeedLedger, trainable: Sequence[int
     """Give the base the weights w(A) of a ledger inside the block.
 
     Raises:
-        ConfigError: if the ledger belongs to another base.
+        ConfigError: if the ledger belongs to another base, or has numbers of its own for other tensors.
     """
     # Accumulators are displacements from one base: over any other weights they are noise.
     if ledger.manifest != base.manifest.digest:
         expected = f"the base whose manifest has the digest {ledger.manifest.hex()[:16]}"
         got, hint = base.manifest.digest.hex()[:16], "load the same model in the same revision, dtype and seed"
         raise ConfigError(Fault("model.base", expected, got, hint))
-    coded = coded_ordinals(base, trainable) if isinstance(ledger.bank, Kron) else ()
+    check_moved(ledger.bank, trainable)
+    coded = coded_ordinals(base, trainable) if ledger.bank.name == Kron.name else ()
     plain = [ordinal for ordinal in trainable if ordinal not in coded]
     with working_copy(base, plain) as trios, with_layers(base.model, {}, changes_beside(base, ledger, coded)):
         with torch.no_grad():
@@ -86,13 +88,12 @@ def coded_error(name: str) -> ConfigError:
 
 def changes_beside(base: Base, ledger: SeedLedger, ordinals: Sequence[int]) -> Mapping[str, FrozenParts]:
     """Return the change of each quantised layer that the bank `kron` moves, as factors to multiply by beside it."""
-    bank, layers, entries = ledger.bank, quantised_layers(base.model), base.manifest.entries
-    assert isinstance(bank, Kron) or not ordinals
+    layers, entries = quantised_layers(base.model), base.manifest.entries
     changes = dict[str, FrozenParts]()
     for ordinal in ordinals:
         name = entries[ordinal].name.removesuffix(".weight")
-        factors = change_factors(
-            bank,  # type: ignore[arg-type]
+        factors = stacked_factors(
+            ledger.bank,
             ledger.accumulators,
             ordinal=ordinal,
             shape=entries[ordinal].shape,

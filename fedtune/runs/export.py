@@ -30,6 +30,7 @@ from fedtune.store.run_directory import check_run
 from fedtune.store.training_record import training_record
 
 if TYPE_CHECKING:
+    from fedtune.directions.seed_ledger import SeedLedger
     from fedtune.model.base import Base
 
 # The client wing takes seconds to import, so `experiment` and `model` are imported where they are needed.
@@ -225,7 +226,8 @@ def replay(
         base: folder or hub name of the base that the run started from.
         ledger: a run's folder `seeds`, an exported model, or a ledger alone, which names no tensors.
         out: folder to write the model to; without it only the digests are made.
-        trainable: globs over the tensors that were moved, for a ledger alone; without any, all but for kron.
+        trainable: globs over the tensors that were moved, for a ledger alone; without any those that it states, which
+            one with numbers for each tensor does, else all but for kron.
 
     Raises:
         ConfigError: if the base is another than the ledger's.
@@ -233,8 +235,6 @@ def replay(
         WireError: if its bytes are none.
     """
     from fedtune.directions import seed_ledger as ledgers
-    from fedtune.directions.trainable import TensorSelection
-    from fedtune.directions.trainable import trainable_ordinals as chosen
     from fedtune.model import replay as rebuilding
 
     source, target = Path(ledger), None if out is None else Path(out)
@@ -243,7 +243,8 @@ def replay(
     seeds, origin = store_seeds.read(source) if source.is_dir() else (None, dict[str, Any]())
     with store_errors(source):
         seed_ledger = seeds.ledger if seeds else ledgers.decode_ledger(source.read_bytes())
-    if not seeds and seed_ledger.bank.name == "kron" and not trainable:
+    stated = stated_tensors(seed_ledger)
+    if not seeds and seed_ledger.bank.name == "kron" and not trainable and not stated:
         expected = "the folder of a run's seeds, or the tensors that were moved: a kron ledger alone does not name them"
         raise ConfigError(Fault("ledger", expected, str(source), "give runs/NAME/seeds, or --trainable GLOB"))
     settings = model_settings(origin, str(base), source)
@@ -254,14 +255,29 @@ def replay(
         labels=origin.get("labels", ()),
         in_full=origin.get("modules_to_save", ()),
     )
-    everything = TensorSelection(seed_ledger.bank.name, trainable, vectors=True, embeddings=True)
-    ordinals = seeds.trainable if seeds else chosen(loaded.manifest, everything, loaded.matrices)
+    if seeds or (stated and not trainable):
+        ordinals = tuple(seeds.trainable) if seeds else stated
+    else:
+        from fedtune.directions.trainable import TensorSelection, trainable_ordinals
+
+        everything = TensorSelection(seed_ledger.bank.name, trainable, vectors=True, embeddings=True)
+        ordinals = trainable_ordinals(loaded.manifest, everything, loaded.matrices)
+    if ordinals and ordinals[-1] >= len(loaded.manifest.entries):
+        expected = f"tensors below {len(loaded.manifest.entries)}, as many as the base has"
+        raise ConfigError(Fault("ledger", expected, str(ordinals[-1]), "give the ledger of a run over this base"))
     if target is None:
         weights = rebuilding.write(loaded, seed_ledger, ordinals, None)
     else:
         with new_folder(target) as folder:
             weights = rebuilding.write(loaded, seed_ledger, ordinals, folder)
     return ReplayResult(loaded.manifest.digest.hex(), seed_ledger.digest.hex(), weights, target)
+
+
+def stated_tensors(ledger: SeedLedger) -> tuple[int, ...]:
+    """Return the tensors that a ledger says it moves, which it does where each has numbers of its own; else none."""
+    from fedtune.directions.space import Grouped
+
+    return ledger.bank.tensors if isinstance(ledger.bank, Grouped) else ()
 
 
 def model_settings(origin: Mapping[str, Any], base: str, source: Path) -> ModelSettings:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.directions import seed_ledger
-from fedtune.directions.kron import Kron, change_factors
 from fedtune.directions.seed_ledger import decode_manifest
-from fedtune.errors import StoreError, WireError
+from fedtune.directions.space import check_moved, stacked_factors
+from fedtune.errors import ConfigError, StoreError, WireError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.methods.method import SeedModel
 from fedtune.store import manifest as manifests
@@ -48,7 +48,8 @@ def read(path: Path) -> tuple[SeedModel, Mapping[str, Any]]:
     try:
         ledger, manifest = seed_ledger.decode_ledger(parts[0]), decode_manifest(parts[1])
         ordinals = tuple(manifest.ordinals[name] for name in provenance["trainable"])
-    except (WireError, ValueError, KeyError, TypeError) as error:
+        check_moved(ledger.bank, ordinals)
+    except (WireError, ConfigError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path}: expected whole files of one run; {error}; put back a copy") from error
     if ledger.manifest != manifest.digest:
         raise StoreError(f"{path}: expected the manifest that the ledger names; got another; put back a copy")
@@ -56,17 +57,16 @@ def read(path: Path) -> tuple[SeedModel, Mapping[str, Any]]:
 
 
 def kron_adapter(change: SeedModel, *, transposed: bool) -> Adapter:
-    """Return the change of every matrix that the kron bank moves, as factors of rank p and scale 1.
+    """Return the change of every matrix that banks of kron move, as factors of scale 1 and of rank p for each bank.
 
     Args:
         change: of a run with the bank `kron` that moves matrices of linear layers alone.
         transposed: whether the layers hold their weights as (in, out).
     """
     ledger, adapter = change.ledger, {}
-    assert isinstance(ledger.bank, Kron)
     for ordinal in change.trainable:
         entry = change.manifest.entries[ordinal]
-        a, b = change_factors(
+        a, b = stacked_factors(
             ledger.bank,
             ledger.accumulators,
             ordinal=ordinal,

@@ -15,7 +15,16 @@ from fedtune.directions.blocks import Groups, all_blocks
 from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
-from fedtune.directions.space import MAX_ACCUMULATORS, Grouped, directions, group_of, plain_banks, summands
+from fedtune.directions.space import (
+    MAX_ACCUMULATORS,
+    Grouped,
+    check_moved,
+    directions,
+    group_of,
+    plain_banks,
+    stacked_factors,
+    summands,
+)
 from fedtune.errors import ConfigError, RoundError
 from fedtune.tensors import Array
 from tests.directions.vectors import KEYS, SEED, SHAPES, SPACE_NAMES, SPACES, TENSORS, accumulators
@@ -163,6 +172,29 @@ def test_banks_of_two_kinds_or_sizes_and_one_alone_do_not_make_directions() -> N
             Grouped(banks)
     with pytest.raises(ConfigError, match="expected several banks or groups"):
         Grouped((one,))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bank", [Kron(16, SEED), *(bank for bank in SPACES if bank.name == "kron")], ids=str)
+def test_a_matrix_moved_by_banks_of_kron_has_the_form_of_an_adapter_exactly(
+    bank: DirectionBank, transposed: bool
+) -> None:
+    sums, shape = accumulators(bank, most=2**18), (33, 20)
+    y = displacement(bank, sums, ordinal=5, shape=shape).reshape(shape).astype(np.float64)
+    a, b = stacked_factors(bank, sums, ordinal=5, shape=shape, exponent=12, transposed=transposed)
+    assert a.dtype == b.dtype == np.float32
+    assert len(a) == 4 * len(plain_banks(bank))
+    product = b.astype(np.float64) @ a.astype(np.float64)
+    np.testing.assert_array_equal(product, -(2.0**-12) * (y.T if transposed else y))
+
+
+def test_other_tensors_than_the_ledger_has_numbers_for_are_refused() -> None:
+    bank = directions("kron", 16, KEYS[:1], "tensor", TENSORS)
+    check_moved(bank, [*TENSORS])
+    check_moved(Kron(16, SEED), [1, 2])
+    for wrong in ((), TENSORS[:2], (2, 5, 8), (*TENSORS, 11)):
+        with pytest.raises(ConfigError, match="trainable: expected those that the ledger has numbers for: 3 tensors"):
+            check_moved(bank, wrong)
 
 
 def philox(c0: int, c1: int, c2: int, c3: int, key: int) -> list[int]:

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.directions import rebuild_torch
 from fedtune.directions.bank import displacement, perturb
+from fedtune.directions.blocks import Groups
 from fedtune.directions.moves_torch import mover
 from fedtune.directions.rebuild_numpy import rebuild
 from fedtune.directions.rebuild_torch import as_array
 from fedtune.directions.seed_ledger import SeedLedger
-from fedtune.errors import RoundError, ShapeError
+from fedtune.directions.space import directions
+from fedtune.errors import ConfigError, RoundError, ShapeError
 from fedtune.model import seed_rebuild
 from fedtune.model.base import Base, digest
 from fedtune.model.batches import Batch, collate
@@ -59,6 +62,34 @@ def test_within_the_block_every_weight_is_the_reference_s_to_the_bit(
     with with_rebuilt_weights(base, ledger, every(base)):
         assert weights(base) == expected
     assert all(expected[tensor] != own[tensor] for tensor in own)
+    assert weights(base) == own
+
+
+def grouped_ledger(base: Base, name: str, groups: Groups) -> SeedLedger:
+    """A ledger of two banks over a base."""
+    bank = directions(name, 16, [3, 2**64 - 1], groups, every(base))
+    sums = np.random.default_rng(2).integers(-8, 9, bank.size).astype(np.int32)
+    return SeedLedger(bank, 10, 3, base.manifest.digest, sums)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    ("bank", "groups"), [("hadamard", 4), ("hadamard", "tensor"), ("gaussian", 1), ("kron", "tensor")]
+)
+def test_several_banks_and_groups_give_the_reference_s_weights_to_the_bit(
+    bank: str, groups: Groups, compiled: bool, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = loaded(targets=["all-linear"], dtype="bfloat16")
+    ledger, own = grouped_ledger(base, bank, groups), weights(base)
+    expected = by_reference(base, ledger)
+    if not compiled:
+        monkeypatch.setattr(rebuild_torch, "fastest", lambda device: rebuild_torch.rebuild)
+    with with_rebuilt_weights(base, ledger, every(base)):
+        assert weights(base) == expected
+    assert all(expected[tensor] != own[tensor] for tensor in own)
+    if groups == "tensor":
+        with pytest.raises(ConfigError, match="numbers for"), with_rebuilt_weights(base, ledger, range(3)):
+            pass
     assert weights(base) == own
 
 

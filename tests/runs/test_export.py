@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -13,8 +14,13 @@ from transformers import AutoModelForCausalLM
 
 import fedtune
 from fedtune import api
+from fedtune.directions.seed_ledger import Manifest, SeedLedger
+from fedtune.directions.space import directions
 from fedtune.errors import ConfigError, StoreError, WireError
+from fedtune.methods.method import SeedModel
+from fedtune.model.base import manifest_of
 from fedtune.rounds.events import Note
+from fedtune.store import seeds
 from tests.conftest import Simulated, base_of, kseed
 
 # peft asks transformers by a name that transformers is about to drop
@@ -121,6 +127,60 @@ def test_seeds_that_move_some_tensors_are_replayed_over_those_from_a_ledger_alon
     whole = fedtune.replay(base, run.adapter).weights
     assert fedtune.replay(base, ledger, trainable=globs).weights == whole
     assert fedtune.replay(base, ledger).weights != whole
+
+
+@pytest.mark.parametrize(
+    ("bank", "method"),
+    [pytest.param("hadamard", {"groups": 4}, marks=pytest.mark.slow), ("kron", {"groups": "tensor", "seeds": 16})],
+)
+def test_seeds_of_groups_are_exported_and_replayed_from_every_copy_to_the_bit(
+    bank: str, method: dict[str, Any], tables: Tables, tmp_path: Path, simulated: Simulated
+) -> None:
+    run = simulated(kseed(tables, bank, **method), tmp_path / "run")
+    base, folder = base_of(run), fedtune.export(run.path)
+    bare = fedtune.export(run.path, form="ledger", out=tmp_path / "ledger") / "ledger.ftks"
+    # A ledger with numbers of each tensor says which tensors it moves.
+    replays = [fedtune.replay(base, ledger) for ledger in (run.adapter, folder, bare)]
+    assert {replay.weights for replay in replays} == {json.loads((folder / "fedtune.json").read_text())["weights"]}
+    assert {replay.state for replay in replays} == {run.summary["adapter_digest"]}
+    merged, stock = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, base))
+    assert (logits_of(merged) - logits_of(stock)).abs().max() > 1e-4
+    if bank == "kron":
+        adapted = logits_of(PeftModel.from_pretrained(stock, fedtune.export(run.path, form="peft")))
+        torch.testing.assert_close(adapted, logits_of(merged), atol=1e-5, rtol=0)
+        with pytest.raises(ConfigError, match="trainable: expected those that the ledger has numbers for"):
+            fedtune.replay(base, bare, trainable=["*.q_proj.weight"])
+    else:
+        with pytest.raises(ConfigError, match="form: expected merged or ledger"):
+            fedtune.export(run.path, form="peft")
+
+
+def test_redrawn_banks_are_replayed_from_a_folder_and_from_a_ledger_alone(
+    checkpoints: dict[str, Path], loaded_manifest: Manifest, tmp_path: Path
+) -> None:
+    ordinals = (1, len(loaded_manifest.entries) - 1)
+    bank = directions("hadamard", 8, [1, 2, 3], "tensor", ordinals)
+    ledger = SeedLedger(bank, 20, 9, loaded_manifest.digest, np.arange(bank.size, dtype=np.int32) * 1000)
+    folder = seeds.write(tmp_path / "seeds", SeedModel(ledger, loaded_manifest, ordinals), {})
+    replays = [fedtune.replay(checkpoints["llama"], path).weights for path in (folder, folder / "ledger.ftks")]
+    assert replays[0] == replays[1] != loaded_manifest.digest.hex()
+
+
+def test_a_ledger_with_numbers_of_a_tensor_that_the_base_lacks_is_refused(
+    checkpoints: dict[str, Path], loaded_manifest: Manifest, tmp_path: Path
+) -> None:
+    count = len(loaded_manifest.entries)
+    bank = directions("hadamard", 8, [1], "tensor", [1, count])
+    ledger = SeedLedger(bank, 20, 9, loaded_manifest.digest, np.zeros(bank.size, np.int32))
+    (tmp_path / "ledger.ftks").write_bytes(ledger.encode())
+    with pytest.raises(ConfigError, match=f"ledger: expected tensors below {count}, .*; got {count}"):
+        fedtune.replay(checkpoints["llama"], tmp_path / "ledger.ftks")
+
+
+@pytest.fixture
+def loaded_manifest(checkpoints: dict[str, Path]) -> Manifest:
+    """The tensors of the tiny checkpoint."""
+    return manifest_of(AutoModelForCausalLM.from_pretrained(checkpoints["llama"]))
 
 
 @pytest.mark.parametrize("seeded", ["hadamard"], indirect=True)

@@ -11,6 +11,7 @@ import pytest
 
 from fedtune.directions.bank import BANKS
 from fedtune.directions.seed_ledger import SeedLedger, describe_base
+from fedtune.directions.space import directions
 from fedtune.errors import StoreError
 from fedtune.methods.method import SeedModel
 from fedtune.store import manifest, seeds
@@ -33,6 +34,29 @@ def test_what_is_read_is_what_was_written(bank: str, tmp_path: Path) -> None:
     assert origin == {"round": 5, "labels": ["ü"], "trainable": ["a", "layers.é"]}
     assert {path.name for path in folder.iterdir()} == {"ledger.ftks", "manifest.ftkm", "fedtune.json"}
     assert (folder / "ledger.ftks").stat().st_size == 60 + 4 * 16
+
+
+def of_tensors(*ordinals: int) -> SeedModel:
+    """A change by numbers of each tensor, over two banks."""
+    bank = directions("kron", 4, [2**64 - 1, 7], "tensor", ordinals)
+    sums = np.arange(bank.size, dtype=np.int32)
+    return SeedModel(SeedLedger(bank, 12, 5, LISTED.digest, sums), LISTED, (0, 2))
+
+
+def test_numbers_of_each_tensor_and_several_banks_are_read_as_they_were_written(tmp_path: Path) -> None:
+    again, _ = seeds.read(seeds.write(tmp_path / "seeds", of_tensors(0, 2), {}))
+    assert again.ledger.encode() == of_tensors(0, 2).ledger.encode()
+    adapter = seeds.kron_adapter(again, transposed=False)
+    assert {name: factors.a.shape[0] for name, factors in adapter.items()} == {"a": 4, "layers.é": 4}
+
+
+@pytest.mark.parametrize("ordinals", [(0,), (0, 1), (0, 2, 9), (0, 2**32 - 1)])
+def test_a_ledger_with_numbers_of_other_tensors_than_are_named_is_refused(
+    ordinals: tuple[int, ...], tmp_path: Path
+) -> None:
+    folder = seeds.write(tmp_path / "seeds", of_tensors(*ordinals), {})
+    with pytest.raises(StoreError, match="those that the ledger has numbers for"):
+        seeds.read(folder)
 
 
 def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
