@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 from fedtune.config import Recipe, planned_training
 from fedtune.config.checks import check
-from fedtune.config.recipe import method_of, requested_arm
+from fedtune.config.recipe import method_of, requested_arm, verb_request
 from fedtune.devices.cost import Body, round_flops
 from fedtune.devices.memory import Footprint, Memory, memory
 from fedtune.errors import FedtuneError
-from fedtune.messages import Blueprint, Client, ProbeSeeds, Training
+from fedtune.messages import Blueprint, Client, Plan, PlannedClient, ProbeSeeds, Training, Verb
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.planning.fixed import FixedSettings
+from fedtune.planning.planner import with_verb
 from fedtune.planning.policy import Arm
 from fedtune.pruning.depth import module_ranks
 from fedtune.rounds.context import RoundContext
@@ -23,6 +24,7 @@ from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.schedule import cohort_size
 from fedtune.runs.fleet import Fleet
 from fedtune.runs.rehearsal import LARGEST, Rehearsal, grows, rehearse
+from fedtune.runs.seed_bytes import seed_bytes
 
 NETWORK_MBPS = 10.0
 """Bandwidth both ways where no device is simulated; assumed."""
@@ -58,6 +60,8 @@ class ClientBill:
     bytes_up: int
     nearest: str = ""
     """Where it does not fit, the settings nearest to the recipe's that do."""
+    verb: Verb | None = None
+    """What it does, where clients of the method may differ in it: with `auto` as its memory allows."""
 
     @property
     def fits(self) -> bool:
@@ -66,7 +70,7 @@ class ClientBill:
     @property
     def group(self) -> tuple[Any, ...]:
         """What clients that are like it have in common."""
-        return self.device, self.rank, self.ratio, self.batch
+        return self.device, self.rank, self.ratio, self.batch, self.verb
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ class Bill:
                     "up_s": bill.up_s,
                     "bytes_down": bill.bytes_down,
                     "bytes_up": bill.bytes_up,
+                    **({"verb": bill.verb} if bill.verb else {}),
                 }
                 for bill in self.clients
             },
@@ -168,12 +173,14 @@ def bill_of(
     if results:
         by_round = [(sum(t.down for t in r.traffic.values()), sum(t.up for t in r.traffic.values())) for r in results]
     else:
-        both = [estimated_bytes(fleet, name, count) for name, count in examples.items()]
+        both = [estimated_bytes(fleet, blueprint, name, count, memory_gb) for name, count in examples.items()]
         by_round = [
             (round(sum(d for d, _ in both) * cohort / len(both)), round(sum(u for _, u in both) * cohort / len(both)))
         ]
     clients = [
-        client_bill(fleet, name, count, usual_bytes(fleet, name, count, last), memory_gb, calibration)
+        client_bill(
+            fleet, name, count, usual_bytes(fleet, blueprint, name, count, last, memory_gb), memory_gb, calibration
+        )
         for name, count in examples.items()
     ]
     simulated = [r.clock_s for r in results if r.clock_s]
@@ -236,26 +243,38 @@ def rehearsal_of(
     return results, last
 
 
-def usual_bytes(fleet: Fleet, client: str, examples: int, last: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+def usual_bytes(
+    fleet: Fleet,
+    blueprint: Blueprint,
+    client: str,
+    examples: int,
+    last: Mapping[str, tuple[int, int]],
+    memory_gb: float | None,
+) -> tuple[int, int]:
     """Return a client's bytes (down, up) of a round: its own, or those of another that the recipe asks the same."""
     own, asked = last.get(client), requested_arm(fleet.recipe, client)
     for name, traffic in last.items() if own is None else ():
         if requested_arm(fleet.recipe, name) == asked:
             own = traffic
     if own is None:
-        return estimated_bytes(fleet, client, examples)
+        return estimated_bytes(fleet, blueprint, client, examples, memory_gb)
     factor = fleet.traffic_factor(asked.ratio, asked.rank, asked.down_rank)
     return round(own[0] * factor), round(own[1] * factor)
 
 
-def estimated_bytes(fleet: Fleet, client: str, examples: int) -> tuple[int, int]:
-    """Return about the bytes (down, up) of a client's round, from the numbers that travel."""
-    settings = fleet.recipe.method
-    if isinstance(settings, FedKSeedSettings):
-        # The integers of all seeds and the scalars of a round at most, with their headers.
-        _, training = with_steps(fleet.recipe, client, examples)
-        return 4 * settings.seeds + 1024, (training.steps or 1) + 512
-    down, up = fleet.traffic(requested_arm(fleet.recipe, client))
+def estimated_bytes(
+    fleet: Fleet, blueprint: Blueprint, client: str, examples: int, memory_gb: float | None
+) -> tuple[int, int]:
+    """Return about the bytes (down, up) of a client's round, from the numbers that travel; of seeds at most those."""
+    recipe = fleet.recipe
+    if isinstance(recipe.method, FedKSeedSettings):
+        profile = fleet.profiles.get(client)
+        verb, training = fleet.verb(client, examples, profile.memory_gb if profile else memory_gb)
+        plan = Plan(client, 1, 1.0, training)
+        request = replace(verb_request(recipe, client), verb=verb)
+        planned = with_verb(PlannedClient(plan), request, Client(client, examples))
+        return seed_bytes(recipe.method, blueprint, planned, rounds=recipe.rounds.count, examples=examples)
+    down, up = fleet.traffic(requested_arm(recipe, client))
     return round(down), round(up)
 
 
@@ -271,12 +290,15 @@ def client_bill(
     recipe, profile = fleet.recipe, fleet.profiles.get(client)
     rank, training = with_steps(recipe, client, examples)
     arm = requested_arm(recipe, client) if isinstance(recipe.planner, FixedSettings) else Arm(0.0, rank)
-    footprint = fleet.footprint(client, arm, training)
-    need, has = memory(fleet.charged, recipe.pruning, footprint), profile.memory_gb if profile else memory_gb
+    has, verb = profile.memory_gb if profile else memory_gb, None
+    if isinstance(recipe.method, FedKSeedSettings):
+        verb, training = fleet.verb(client, examples, has)
+    footprint = fleet.footprint(client, arm, training, verb)
+    need = memory(fleet.charged, recipe.pruning, footprint)
     work = fleet.work(client, training, rank, arm.down_rank)
-    # Two forward passes of a probe cost what one forward and one backward pass over a frozen base do, without adapters.
-    trained = 0 if footprint.forward_only else rank
-    flops = round_flops(fleet.charged, recipe.pruning, arm.ratio, trained, work, fleet.training_of(arm))
+    flops = round_flops(fleet.charged, recipe.pruning, arm.ratio, rank, work, fleet.training_of(arm))
+    if isinstance(recipe.method, FedKSeedSettings):
+        flops = fleet.seed_flops(recipe.method, client, verb, training)
     down, up = traffic
     latency, compute_s = profile.latency_s if profile else 0.05, None
     if profile:
@@ -299,6 +321,7 @@ def client_bill(
         up_s=up * 8e-6 / (profile.up_mbps if profile else NETWORK_MBPS) + latency,
         bytes_down=down,
         bytes_up=up,
+        verb=verb,
     )
     return bill if bill.fits else replace(bill, nearest=nearest(fleet, recipe, footprint, has or 0.0, training))
 
@@ -370,12 +393,13 @@ def batches(recipe: Recipe, footprint: Footprint, training: Training) -> Iterato
     halved = [(0.5 * k, rows >> k) for k in range(1, HALVINGS) if rows >> k and rows % 2**k == 0]
     for pain, batch in [*halved, *([(2.5, 1)] if rows % 2 and rows > 1 else [])]:
         times = training.accumulation * rows // batch
-        if allows(recipe, "client", batch=batch, accumulation=times):
-            yield Step(pain, f"client.batch = {batch} with client.accumulation = {times}", {"rows": batch})
+        table = "descend" if footprint.descends and recipe.descend is not None else "client"
+        if allows(recipe, table, batch=batch, accumulation=times):
+            yield Step(pain, f"{table}.batch = {batch} with {table}.accumulation = {times}", {"rows": batch})
 
 
 def checkpoints(recipe: Recipe, footprint: Footprint) -> Iterator[Step]:
-    able = not footprint.forward_only and not footprint.checkpointing
+    able = not (footprint.forward_only or footprint.descends or footprint.checkpointing)
     if able and allows(recipe, "client", gradient_checkpointing=True):
         yield Step(1.5, "client.gradient_checkpointing = true", {"checkpointing": True})
 
@@ -390,7 +414,7 @@ def formats(recipe: Recipe, footprint: Footprint) -> Iterator[Step]:
 def tops(recipe: Recipe, footprint: Footprint, body: Body) -> Iterator[Step]:
     """Yield fewer blocks, from the top, whose modules are trained."""
     names = sorted(body.modules)
-    if footprint.forward_only or not isinstance(recipe.planner, FixedSettings):
+    if footprint.forward_only or footprint.descends or not isinstance(recipe.planner, FixedSettings):
         return
     for pain, top in ((3.0, 0.5), (4.0, 0.25)):
         wanted = dict(zip(names, module_ranks(names, body.layout, 1, top) or [1] * len(names), strict=True))

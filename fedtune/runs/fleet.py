@@ -41,7 +41,7 @@ from fedtune.pruning.depth import backward_blocks, module_ranks
 from fedtune.pruning.structure import FAMILIES
 from fedtune.rounds.clock import Clock, CompletedWork
 from fedtune.rounds.probe import Prober
-from fedtune.runs.seed_costs import seed_footprint, seed_load
+from fedtune.runs.seed_costs import round_tokens, seed_flops, seed_footprint, seed_load
 
 SLOWER: Mapping[BaseDtype, float] = {"": 1.0, "int8": 1.07, "nf4": 1.39}
 """Times as long as over float32 weights that a step takes: measured on a CPU, and assumed of other devices."""
@@ -337,6 +337,12 @@ class Fleet:
         if has_gb is None or need <= has_gb * 1e9 or asked.probing is None:
             return "descend", training
         return "probe", replace(asked.probing, steps=optimizer_steps(asked.probing, examples), epochs=None)
+
+    def seed_flops(self, settings: FedKSeedSettings, client: str, verb: Verb | None, training: Training) -> float:
+        """Return the operations of a round of a client that steps along seeds."""
+        mean, verb = self.lengths(client).mean, verb or "probe"
+        tokens = round_tokens(verb, settings, training, mean)
+        return seed_flops(self.charged, settings, verb, training, tokens, mean)
 
     def misfit_descending(self, client: Client, training: Training) -> str:
         """Return why descending does not fit a client's memory; empty where it does, or that is not known."""

@@ -21,12 +21,17 @@ PARTS: Mapping[str, str] = {
 KINDS, NAMES, MISFITS = 12, 10, 8
 """Kinds of clients that are listed, columns of a name, and clients that do not fit and are named."""
 HERE = "this machine"
+COLUMNS = f"{'rank':>6}{'ratio':>7}{'batch':>6}{'compute':>9}{'down':>8}{'up':>8}"
+VERB_COLUMNS = f"{'verb':>9}{'batch':>6}{'compute':>9}{'kB down':>10}{'kB up':>9}"
+"""Heads of the columns of a round, without and with clients that descend."""
 
 
 def lines(bill: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of a bill, as `Bill.as_json` gives it."""
     clients: Mapping[str, Mapping[str, Any]] = bill["clients"]
     kinds = list(by_kind(clients).items())
+    # Where all clients do the same, a column for it says nothing.
+    verbs = any(own.get("verb") == "descend" for own in clients.values())
     yield f"{len(clients)} clients, {bill['cohort']} in each of {bill['rounds']} rounds"
     yield ""
     yield "Memory at the peak in MB, of the client of each kind that needs most"
@@ -39,18 +44,12 @@ def lines(bill: Mapping[str, Any]) -> Iterator[str]:
         yield f"{short(kind[0] or 'here'):{NAMES}}{numbers}{megabytes(parts['total']):>7}{has:>7}"
     yield ""
     yield "A round of that client: seconds and bytes"
-    yield (
-        f"{'kind':{NAMES}}{'client':>10}{'of':>5}{'rank':>6}{'ratio':>7}{'batch':>6}{'compute':>9}{'down':>8}{'up':>8}"
-        f"{'fits':>6}"
-    )
+    yield f"{'kind':{NAMES}}{'client':>10}{'of':>5}{VERB_COLUMNS if verbs else COLUMNS}{'fits':>6}"
     for kind, names in kinds[:KINDS]:
         own = clients[names[0]]
         fits = sum(clients[name]["fits"] for name in names)
-        spent = "-" if own["compute_s"] is None else duration(own["compute_s"])
-        yield (
-            f"{short(kind[0] or 'here'):{NAMES}}{short(names[0]):>10}{len(names):>5}{own['rank']:>6}{own['ratio']:>7g}"
-            f"{own['batch']:>6}{spent:>9}{duration(own['down_s']):>8}{duration(own['up_s']):>8}{fits:>6}"
-        )
+        row = verb_columns(own) if verbs else columns(own)
+        yield f"{short(kind[0] or 'here'):{NAMES}}{short(names[0]):>10}{len(names):>5}{row}{fits:>6}"
     if len(kinds) > KINDS:
         yield f"and {len(kinds) - KINDS} kinds more; --json lists every client"
     yield from misfits(clients)
@@ -61,11 +60,28 @@ def lines(bill: Mapping[str, Any]) -> Iterator[str]:
         yield from calibration(measured)
 
 
+def columns(own: Mapping[str, Any]) -> str:
+    """Return what a round asks of a client: how much is trained, and seconds."""
+    times = f"{duration(own['down_s']):>8}{duration(own['up_s']):>8}"
+    return f"{own['rank']:>6}{own['ratio']:>7g}{own['batch']:>6}{compute_text(own):>9}{times}"
+
+
+def verb_columns(own: Mapping[str, Any]) -> str:
+    """Return the same where clients probe or descend, which have neither rank nor ratio: with the bytes of each."""
+    traffic = f"{own['bytes_down'] / 1e3:>10.1f}{own['bytes_up'] / 1e3:>9.1f}"
+    return f"{own.get('verb', ''):>9}{own['batch']:>6}{compute_text(own):>9}{traffic}"
+
+
+def compute_text(own: Mapping[str, Any]) -> str:
+    return "-" if own["compute_s"] is None else duration(own["compute_s"])
+
+
 def by_kind(clients: Mapping[str, Mapping[str, Any]]) -> Mapping[tuple[Any, ...], Sequence[str]]:
-    """Return the clients of each kind (device, rank, ratio, batch), that which needs most first."""
+    """Return the clients of each kind (device, rank, ratio, batch, verb), that which needs most first."""
     kinds: dict[tuple[Any, ...], list[str]] = {}
     for name, own in clients.items():
-        kinds.setdefault((own["device"], own["rank"], own["ratio"], own["batch"]), []).append(name)
+        kind = own["device"], own["rank"], own["ratio"], own["batch"], own.get("verb", "")
+        kinds.setdefault(kind, []).append(name)
     return {
         kind: sorted(names, key=lambda name: (-clients[name]["memory_bytes"]["total"], name))
         for kind, names in sorted(kinds.items())

@@ -164,3 +164,51 @@ def test_what_a_planner_learns_to_ask_for_is_not_called_exact(tables: dict[str, 
     bill = bill_of(experiment.devices, experiment.blueprint, experiment.fleet)
     assert bill.by_round
     assert bill.as_json()["bytes_are"] == "estimated"
+
+
+SEEDS: dict[str, Any] = {
+    "method": {"name": "fedkseed", "seeds": 64, "scalar_step": 1e-4},
+    "client": {"steps": 4, "batch": 4},
+}
+
+
+def seeds_bill(tables: dict[str, Any], memory_gb: float | None = None, **changes: Any) -> Bill:
+    rest = {key: value for key, value in tables.items() if key not in ("adapter", "override")}
+    method = {**SEEDS["method"], **changes.pop("method", {})}
+    experiment = prepare(bind({**rest, **SEEDS, "method": method, **changes}), sizes_alone=True)
+    return bill_of(experiment.devices, experiment.blueprint, experiment.fleet, memory_gb=memory_gb)
+
+
+def test_each_client_is_billed_for_its_verb(tables: dict[str, Any]) -> None:
+    bill = seeds_bill(tables, override=[{"clients": ["client-1"], "verb": "descend"}], method={"groups": 4})
+    verbs = {each.client: each.verb for each in bill.clients}
+    assert verbs == {name: "descend" if name == "client-1" else "probe" for name in verbs}
+    descending = next(each for each in bill.clients if each.verb == "descend")
+    probing = next(each for each in bill.clients if each.verb == "probe")
+    # A number of a byte each: four groups of 64; a probing client's are as many as it has steps.
+    assert 4 * 64 < descending.bytes_up < 4 * 64 + 100
+    assert 4 < probing.bytes_up < 4 + 100
+    assert descending.memory.optimizer > probing.memory.optimizer == 0
+    assert len({each.group for each in bill.clients}) == 2
+    assert bill.as_json()["clients"]["client-1"]["verb"] == "descend"
+    assert bill.traffic[1] >= bill.rounds * sum(each.bytes_up for each in bill.clients) * bill.cohort / len(
+        bill.clients
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_the_bytes_of_a_descending_client_follow_from_its_bits(bits: int, tables: dict[str, Any]) -> None:
+    method = {"verb": "descend", "scalar_bits": bits, "seeds": 4096}
+    bill = seeds_bill(tables, method=method, client={"batch": 4})
+    [up] = {each.bytes_up for each in bill.clients}
+    assert 4096 * bits / 8 < up < 4096 * bits / 8 + 100
+
+
+def test_memory_decides_who_is_billed_for_descending(tables: dict[str, Any]) -> None:
+    auto = {"verb": "auto"}
+    needs = {each.client: each.memory.total for each in seeds_bill(tables, method=auto).clients}
+    enough = seeds_bill(tables, method=auto, memory_gb=max(needs.values()) / 1e9).clients
+    assert {each.verb for each in enough} == {"descend"}
+    little = seeds_bill(tables, method=auto, memory_gb=min(needs.values()) / 1e9 - 1e-6).clients
+    assert {each.verb for each in little} == {"probe"}
+    assert all(each.memory.total < needs[each.client] and each.fits for each in little)

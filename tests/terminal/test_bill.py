@@ -69,3 +69,17 @@ def test_measured_stands_beside_predicted() -> None:
     measured = {"client": "a", "steps": [step], "s_per_tflop": 30.0, "product_s_per_tflop": 12.0}
     printed = list(lines(bill({"a": client("a")}, measured=measured)))
     assert printed[-2].split() == ["4", "0.5", "400", "440", "1.10"]
+
+
+def test_where_some_clients_descend_the_verb_and_its_bytes_are_shown() -> None:
+    phone, gpu = client("phone-0", verb="probe", bytes_up=120), client("gpu-0", verb="descend", bytes_up=4_190)
+    printed = list(lines(bill({"phone-0": phone, "phone-1": phone, "gpu-0": gpu})))
+    [head] = [line for line in printed if "kB up" in line]
+    assert "ratio" not in head
+    assert max(map(len, printed)) <= 80
+    [row] = [line.split() for line in printed if "descend" in line]
+    assert (row[1], row[3], row[-3:]) == ("gpu-0", "descend", ["1.0", "4.2", "1"])
+    assert any("probe" in line and line.split()[2] == "2" for line in printed)
+    alike = "\n".join(lines(bill({"phone-0": phone})))
+    assert "ratio" in alike
+    assert "probe" not in alike
