@@ -27,9 +27,10 @@ class DescendSettings:
 
     steps: Annotated[int, Ge(1)] = 8
     """Optimizer steps (Adam) per round, each of a forward and a backward pass."""
-    learning_rate: Annotated[float, Interval(gt=0, le=1)] = 0.02
-    """How far a step moves the trained weights: root mean square of the change, as a share of that of the weights
-    themselves, so that one value serves models of any size."""
+    learning_rate: Annotated[float, Interval(gt=0, le=1)] = 0.01
+    """How far a step moves the trained weights: root mean square of the change, as a share of that of the base's own
+    weights, so that one value serves models of any size. Where only one or two clients descend, whose noise no mean
+    takes out, a third of it."""
     batch: Annotated[int, Ge(1)] | None = None
     """Examples per forward pass; none: as `client.batch`."""
     accumulation: Annotated[int, Ge(1)] = 1

@@ -75,6 +75,8 @@ class Uploads:
     kinds: Mapping[str, list[str]]
     scalars: bool
     """Clients sent scalars along seeds in place of factors."""
+    descends: bool
+    """Some of them sent a number for each direction."""
     assigned: bool
     pruned: bool
 
@@ -122,6 +124,7 @@ def report_page(run: Run, figures: Mapping[str, Figure]) -> str:
         scores=tables.scores(run) if before != after or before.test else None,
         stalled=stall_text(run),
         totals=tables.clients(run),
+        verbs=tables.verbs(run),
         profiles=devices_table(run),
         idle=idle(run),
         planned=planned_table(run),
@@ -249,6 +252,7 @@ def uploads(run: Run) -> Uploads | None:
         modules=modules,
         kinds=kinds(modules),
         scalars=scalars,
+        descends=any(client.verb == "descend" for client in clients),
         assigned=bool(clients),
         pruned=any(client.ratio is not None for client in clients),
     )

@@ -65,6 +65,8 @@ class ClientTotal:
     bytes_up: int = 0
     seconds: float = 0.0
     failures: int = 0
+    verb: str = ""
+    """What it did last, in a run in which some clients descend and others probe."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from fedtune.report.curves import Floats, client_names, evaluations, kinds, loss
 from fedtune.report.reader import FailureRecord, Run, Scores, finite
 from fedtune.report.rendering import Table
 from fedtune.report.units import NOTHING, bytes_text, number_text, seconds_text
+from fedtune.rounds.record import ClientRecord
 
 METRICS: Mapping[str, str] = {
     "loss": "loss (nats per token)",
@@ -164,11 +165,12 @@ def clients(run: Run) -> Table | None:
     """Return what each client had, sent and received over the whole run."""
     if run.summary is None or not run.summary.clients:
         return None
+    verbs = any(total.verb for total in run.summary.clients.values())
     rows = [
         [
             name,
             number_text(total.examples),
-            number_text(total.rank),
+            total.verb if verbs else number_text(total.rank),
             bytes_text(total.bytes_up),
             bytes_text(total.bytes_down),
             seconds_text(total.seconds),
@@ -178,7 +180,40 @@ def clients(run: Run) -> Table | None:
             (name, run.summary.clients[name]) for name in client_names(run) if name in run.summary.clients
         )
     ]
-    return Table(["client", "examples", "rank", "sent up", "received", "time", "failures"], rows)
+    does = "verb" if verbs else "rank"
+    return Table(["client", "examples", does, "sent up", "received", "time", "failures"], rows)
+
+
+def verbs(run: Run) -> Table | None:
+    """Return what descending and probing took, each: means over the updates that were used; None where all probe."""
+    by_verb: dict[str, list[ClientRecord]] = {}
+    for record in run.rounds:
+        for client in record.clients.values():
+            if client.status == "ok":
+                by_verb.setdefault(client.verb or "probe", []).append(client)
+    if "descend" not in by_verb and not any(client.verb for each in by_verb.values() for client in each):
+        return None
+    head = ["verb", "updates", "steps", "sent up", "received", "peak memory", "time", "fall of the loss"]
+    return Table(head, [[verb, *verb_row(done)] for verb, done in sorted(by_verb.items())])
+
+
+def verb_row(done: Sequence[ClientRecord]) -> Sequence[str]:
+    """Return the means of updates of one verb: as text, their number first."""
+
+    def mean(numbers: Sequence[float | None]) -> float:
+        known = [number for number in numbers if number is not None and math.isfinite(number)]
+        return sum(known) / len(known) if known else math.nan
+
+    falls = [finite(client.loss_before) - finite(client.loss_after) for client in done]
+    return [
+        str(len(done)),
+        number_text(mean([client.steps for client in done]), 3),
+        bytes_text(mean([client.bytes_up for client in done])),
+        bytes_text(mean([client.bytes_down for client in done])),
+        bytes_text(mean([client.peak_bytes for client in done])),
+        seconds_text(mean([client.seconds for client in done])),
+        number_text(mean(falls), 3),
+    ]
 
 
 def failures(run: Run) -> Sequence[FailureRecord]:

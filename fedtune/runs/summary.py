@@ -174,6 +174,11 @@ def client_totals(records: Sequence[RoundRecord], fleet: Mapping[str, int]) -> M
             total["bytes_up"] += client.bytes_up
             total["seconds"] += client.seconds or 0.0
             total["failures"] += client.status != "ok"
+            if client.verb:
+                total["verb"] = client.verb
+    # Of a run in which some descend, also of those whose plan was to probe; other runs have no such key.
+    if any("verb" in total for total in totals.values()):
+        totals = {name: {**total, "verb": total.get("verb", "probe")} for name, total in totals.items()}
     return totals
 
 

@@ -152,13 +152,15 @@ def clients(summary: Mapping[str, Any]) -> Table:
     rows = sorted(summary["clients"].items())
     # Only where there are any: without this column the table fits a terminal of 80 columns.
     failures = ["failed"] if any(client["failures"] for _, client in rows) else []
-    table = grid("", "client", "examples", "rank", "held-out loss", "up", "down", "seconds", *failures)
+    # Clients of seeds have no rank; where some descend, the column says who does what.
+    does = "verb" if any("verb" in client for _, client in rows) else "rank"
+    table = grid("", "client", "examples", does, "held-out loss", "up", "down", "seconds", *failures)
     table.columns[3].no_wrap = True  # names give way first, however narrow the terminal
     for name, client in rows[:MOST_CLIENTS]:
         table.add_row(
             Text(printable(name)),
             str(client["examples"]),
-            number(client["rank"]),
+            client["verb"] if does == "verb" else number(client["rank"]),
             change(old.get(name, {}).get("loss"), new.get(name, {}).get("loss")),
             size(client["bytes_up"]),
             size(client["bytes_down"]),

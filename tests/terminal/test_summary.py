@@ -154,3 +154,11 @@ def test_the_round_that_is_the_result_is_named_where_it_is_not_simply_the_last()
     assert line.endswith("; ended early: no better loss")
     assert selection({"selection": {**chosen, "keep": "last", "ended": ""}}) == ""
     assert selection({}) == ""
+
+
+def test_where_some_clients_descend_the_table_says_who(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = {"examples": 3, "rank": None, "bytes_up": 1, "bytes_down": 1, "seconds": 1.0, "failures": 0}
+    rows = {"gpu": {**usual, "verb": "descend"}, "phone": {**usual, "verb": "probe"}}
+    table = clients({"clients": rows, "before": {}, "after": {}})
+    assert [str(column.header) for column in table.columns][2] == "verb"
+    assert [str(cell) for cell in table.columns[2].cells] == ["descend", "probe"]
