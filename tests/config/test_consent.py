@@ -135,6 +135,31 @@ def test_no_order_of_a_run_with_a_schedule_over_rounds_is_vetoed(
     assert result.differing == []
 
 
+DESCENDING: Mapping[str, Mapping[str, Any]] = {
+    "alone": {"verb": "descend", "groups": 4, "scalar_bits": 4},
+    "mixed": {"verb": "auto", "scalar_step": "auto"},
+    "redrawn": {"verb": "auto", "redraw": 4, "groups": "tensor"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DESCENDING)
+def test_no_order_of_a_run_whose_clients_descend_is_vetoed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    tables, alone = recipes()["fedkseed-hadamard"], name == "alone"
+    verbs = [{"clients": ["client-1"], "verb": "probe"}, {"clients": ["client-2"], "verb": "descend"}]
+    tables |= {"client": {"batch": 3}} if alone else {"override": verbs}
+    rounds = {**tables["rounds"], "count": 5, "schedule": "cosine", "warmup": 1}
+    result = watched(
+        bind({**tables, "method": {**tables["method"], **DESCENDING[name]}, "descend": {"steps": 2}, "rounds": rounds})
+    )
+    assert len(result.seen) == 15
+    assert result.differing == []
+
+
 BLOCK = Block("model.layers.0", heads=4, kv_heads=2, head_dim=2, channels=32)
 LAYOUT = BlockLayout("llama", (BLOCK,), width=8)
 MODULES = {"model.layers.0.mlp.up_proj": (32, 8), "model.layers.0.self_attn.q_proj": (8, 8)}
