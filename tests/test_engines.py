@@ -52,8 +52,13 @@ METHODS = (
 )
 SEEDS = ({"bank": "hadamard"}, {"bank": "kron", "sampling": "pro"})
 """Settings of `fedkseed`; the first of its rounds measures the step."""
-FEW = (METHODS[0], METHODS[3], SEEDS[1])
-"""One that stacks, one that steps by an optimiser, one of seeds: in the fast tier the engines are held to these."""
+DESCENTS = (
+    {"bank": "hadamard", "verb": "descend", "groups": 4, "scalar_bits": 4},
+    {"bank": "kron", "verb": "auto", "groups": "tensor"},
+)
+"""The same with clients that take first-order steps."""
+FEW = (METHODS[0], METHODS[3], SEEDS[1], DESCENTS[0])
+"""One that stacks, one that steps by an optimiser, two of seeds: in the fast tier the engines are held to these."""
 
 
 def with_dropout(tables: Tables) -> Tables:
@@ -187,8 +192,13 @@ def test_a_run_with_such_clients_is_planned_alike_when_it_is_resumed(tables: Tab
 
 def seeded(tables: Tables, **settings: Any) -> Tables:
     """The same recipe with seeds in place of adapters; the table `adapter` says which layers there are."""
-    client = {"steps": 4, "batch": 4, "learning_rate": 0.01}
-    return tables | {"method": {"name": "fedkseed", "seeds": 64, **settings}, "client": client, "override": []}
+    client: Tables = {"steps": 4, "batch": 4, "learning_rate": 0.01}
+    descend: Tables = {}
+    if settings.get("verb", "probe") != "probe":
+        descend = {"descend": {"steps": 3}}
+        client = {"batch": 4} if settings["verb"] == "descend" else client
+    method = {"name": "fedkseed", "seeds": 64, **settings}
+    return tables | {"method": method, "client": client, "override": [], **descend}
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +217,7 @@ def expected(experiments: Sequence[Experiment]) -> Sequence[Sequence[tuple[str, 
     return played(experiments, chosen("inprocess", 1))
 
 
-ALL = (*METHODS, *SEEDS)
+ALL = (*METHODS, *SEEDS, *DESCENTS)
 
 
 @pytest.mark.parametrize(
@@ -273,6 +283,19 @@ def test_a_run_that_is_killed_and_goes_on_elsewhere_ends_as_one_that_never_was(
     assert begun == [[1], [1, 2], [2, 3]]
     assert states(run) == states(whole.path)
     assert peft.digest(run / "adapter") == peft.digest(whole.path / "adapter")
+    api.verify(run)
+
+
+def test_a_killed_run_of_clients_that_descend_and_others_that_probe_goes_on_to_the_same_bits(
+    tables: Tables, tmp_path: Path
+) -> None:
+    both = seeded(tables, verb="auto", groups=2) | {"override": [{"clients": ["client-0"], "verb": "probe"}]}
+    whole, run = fedtune.simulate(both, out=tmp_path / "whole"), tmp_path / "run"
+    with pytest.raises(Killed):
+        fedtune.simulate(both, out=run, watch=killed_in(2, []))
+    fedtune.simulate(both, resume=run)
+    assert states(run) == states(whole.path)
+    assert len(set(states(run)[1:])) == ROUNDS
     api.verify(run)
 
 

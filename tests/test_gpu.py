@@ -23,11 +23,14 @@ from fedtune.methods import fedkseed
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.model.base import Base, digest, load, load_tokenizer
 from fedtune.model.batches import collate
+from fedtune.model.descend import at_dense_slope, backward
 from fedtune.model.evaluate import evaluate
 from fedtune.model.lora import with_adapters
 from fedtune.model.loss import cross_entropies, logits_of, summed_loss
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.tensors import Tensors
+from tests.client.test_seeds import order as descend_order
+from tests.model.test_descend import ledger_of, reached
 
 DEVICE = "cuda"
 pytestmark = [
@@ -198,6 +201,65 @@ def test_a_probe_on_a_gpu_measures_from_the_weights_of_a_cpu(
     assert (on_gpu.probe.state, on_gpu.probe.checks) == (on_cpu.probe.state, on_cpu.probe.checks)
     assert np.abs(on_gpu.probe.scalars.astype(int) - on_cpu.probe.scalars.astype(int)).max() <= 2
     assert on_gpu.measured.loss_before == pytest.approx(on_cpu.measured.loss_before, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("bank", "groups"), [("hadamard", 1), ("hadamard", 4), ("gaussian", 1), ("kron", "tensor")])
+def test_a_descent_on_a_gpu_goes_where_one_on_a_cpu_goes(
+    bank: Any, groups: Any, dtype: Any, checkpoints: dict[str, Path], rows: list[Example]
+) -> None:
+    results = []
+    for base in (base_on(checkpoints["llama"], "cpu", dtype), base_on(checkpoints["llama"], dtype=dtype)):
+        _, asked = descend_order(base, bank=bank, groups=groups)
+        results.append(perform(base, rows, asked, threads=1))
+        assert digest(base.model) == base.digest
+    on_cpu, on_gpu = (update.descend for update in results)
+    # The same weights to the bit; Adam's first steps are signs of slopes, of which those near zero may be another.
+    assert (on_gpu.state, on_gpu.checks) == (on_cpu.state, on_cpu.checks)
+    moved = [each.numbers.astype(float) * 2.0**each.shift for each in (on_gpu, on_cpu)]
+    assert np.corrcoef(np.stack(moved))[0, 1] > (0.95 if dtype == "float32" else 0.6)
+    before = [update.measured.loss_before for update in results]
+    assert before[1] == pytest.approx(before[0], rel=1e-4 if dtype == "float32" else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_projections_on_a_gpu_are_those_of_a_cpu(dtype: Any, checkpoints: dict[str, Path], rows: list[Example]) -> None:
+    found = []
+    for base in (base_on(checkpoints["llama"], "cpu", dtype), base_on(checkpoints["llama"], dtype=dtype)):
+        ledger = ledger_of(base, groups=2, banks=2)
+        with at_dense_slope(base, ledger, reached(base)) as position:
+            found.append(position.slopes(ledger.accumulators, [collate(rows, base)])[1])
+    np.testing.assert_allclose(found[1], found[0], atol=(1e-4 if dtype == "float32" else 0.1) * np.abs(found[0]).max())
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="the memory of a process says nothing of one step")
+def test_a_descent_holds_one_gradient_at_a_time_on_a_gpu(checkpoints: dict[str, Path], rows: list[Example]) -> None:
+    """Its peak is below what a backward pass takes that holds the gradients of all weights to its end."""
+    base = base_on(checkpoints["llama"])
+    ledger, batch = ledger_of(base), collate(rows[:1], base)
+    peaks = []
+    with at_dense_slope(base, ledger, reached(base)) as position:
+        position.slopes(ledger.accumulators, [batch])  # what is allocated once
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        position.slopes(ledger.accumulators, [batch])
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        torch.cuda.reset_peak_memory_stats()
+        backward(base, [batch])
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert 0 < peaks[0] < peaks[1]
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="asks the driver what is free")
+def test_a_descent_that_does_not_fit_a_gpu_probes_instead(
+    checkpoints: dict[str, Path], rows: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_on(checkpoints["llama"])
+    _, asked = descend_order(base, fallback=Training(batch=2, learning_rate=0.01, steps=4))
+    assert perform(base, rows, asked, threads=1).descend.skipped == 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2**40))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", torch.cuda.memory_allocated)
+    assert len(perform(base, rows, asked, threads=1).probe.scalars) == 4
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="the memory of a process says nothing of one step")

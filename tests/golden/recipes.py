@@ -76,6 +76,14 @@ def seeded(bank: str, **settings: Any) -> Tables:
     return {**rest, "method": method, "client": {"steps": 4, "batch": 3, "learning_rate": 2e-3}}
 
 
+def descending(bank: str, **settings: Any) -> Tables:
+    """Return the recipe whose clients take first-order steps on the numbers of seeds."""
+    tables = seeded(bank, **settings)
+    alone = settings["verb"] == "descend"
+    client = {"batch": 3} if alone else tables["client"]
+    return {**tables, "client": client, "descend": {"steps": 3, "learning_rate": 0.02}}
+
+
 def pruned(policy: str, **planner: Any) -> Tables:
     """Return flora with pruning by a policy; the planner draws ratios and ranks, or is the one that is named."""
     rest = {key: value for key, value in tiny().items() if key != "override"}
@@ -114,6 +122,9 @@ def recipes() -> Mapping[str, Tables]:
         "fedkseed-one-sided": seeded(
             "hadamard", estimator="one-sided", queries=2, normalise=True, scalar_step="auto", public_log=True
         ),
+        "fedkseed-descend": descending("hadamard", verb="descend", groups=2, scalar_bits=4),
+        "fedkseed-kron-mixed": descending("kron", verb="auto", groups="tensor")
+        | {"override": [{"clients": ["client-0"], "verb": "probe"}]},
         "flora-nested": pruned("nested"),
         "flora-vote": pruned("vote"),
         "flora-local": pruned("local"),
