@@ -211,7 +211,7 @@ def bare_loop(base: Base, rows: Sequence[Example], training: Training) -> Callab
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def loop() -> None:
-        optimizer = torch.optim.AdamW(trained, lr=training.learning_rate)
+        optimizer = torch.optim.AdamW(trained, lr=training.rate)
         model.train()
         for begin in range(0, len(rows), training.batch):
             batch = collate(rows[begin : begin + training.batch], base)

@@ -116,7 +116,18 @@ UNITS: Mapping[str, str] = {
 }
 PLAIN_NUMBERS = frozenset(
     (
-        *("alpha", "beta1", "beta2", "clip", "clip_norm", "coverage_floor", "learning_rate", "max_norm", "momentum"),
+        *(
+            "alpha",
+            "beta1",
+            "beta2",
+            "clip",
+            "clip_norm",
+            "coverage_floor",
+            "largest_rate",
+            "learning_rate",
+            "max_norm",
+            "momentum",
+        ),
         *("net_sigma", "norm_cap", "over_select", "perturbation", "proximal", "rank_penalty", "scalar_step", "seed"),
         *("server_learning_rate", "weight_cap", "weight_decay"),
     )

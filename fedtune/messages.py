@@ -240,10 +240,14 @@ class ProbeResult:
     skipped: int = 0
     """Scalars that are 0 because a loss was not finite."""
     rms: float | None = None
-    """`calibrate`: root mean square of learning_rate * g."""
+    """`calibrate`: root mean square of learning_rate * g; None where `slopes` say it."""
     lost: bool = False
     """The client does not hold the accumulators that the message refers to: it asks for them whole. It so answers a
     `DescendSeeds` task too."""
+    slopes: tuple[float, ...] = ()
+    """`curvatures`: g along each of the shared directions, as float32 holds it."""
+    curvatures: tuple[float, ...] = ()
+    """`curvatures`: second derivative of the loss along each of them, likewise."""
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,9 @@ class Training:
 
     batch: Annotated[int, Ge(1)] = 4
     """Examples per forward pass."""
-    learning_rate: Annotated[float, Gt(0)] = 2e-4
-    """Step size of the optimizer; with `fedkseed`, of each step along a direction."""
+    learning_rate: Literal["auto"] | Annotated[float, Gt(0)] = 2e-4
+    """Step size of the optimizer; with `fedkseed`, of each step along a direction. auto: the first round measures it,
+    with `fedkseed` alone, whose default it is; orders always state a number."""
     steps: Annotated[int, Ge(1)] | None = None
     """Optimizer steps per round; with `fedkseed`, directions measured per round. Give either `steps` or `epochs`; a
     recipe with neither gets 10 steps."""
@@ -82,6 +83,12 @@ class Training:
     proximal: Annotated[float, Ge(0)] = field(default=0.0, metadata={**ON_SERVER, **OMIT_DEFAULT})
     """FedProx's mu: adds mu / 2 times the squared distance from the received values to the loss, for all that is
     trained; 0 is off."""
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, where it is known to be a number, as in every order."""
+        assert self.learning_rate != "auto"
+        return self.learning_rate
 
 
 @dataclass(frozen=True)
@@ -284,6 +291,9 @@ class ProbeSeeds:
     groups: Groups = 1
     earlier: tuple[int, ...] = ()
     """Keys of the banks before the newest one, oldest first, 64 bits each."""
+    curvatures: bool = False
+    """With `calibrate`: along directions that all clients share, and the curvature too, so that the server can choose
+    the learning rate."""
 
 
 @dataclass(frozen=True)

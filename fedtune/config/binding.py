@@ -71,7 +71,7 @@ def bind(
     faults: list[Fault] = []
     objects = objects or Objects()
     table = expand_preset(with_objects(apply_overrides(table, overrides, faults), objects))
-    values = bind_sections(with_defaults(table, root), objects, faults)
+    values = bind_sections(with_defaults(table, root, objects), objects, faults)
     values |= {"root": root, "objects": objects, "name": bind_name(table.get("name", stem), faults)}
     values["seed"] = bind_value(Annotated[int, Ge(0)], table.get("seed", 0), "seed", faults)
     values["override"] = bind_overrides(table.get("override", ()), faults)
@@ -140,18 +140,25 @@ def type_name(planner: Any) -> str:
 
 def with_every_layer(table: Mapping[str, Any], objects: Objects) -> Mapping[str, Any]:
     """Return the tables with one for `adapter` that takes every layer, where the method trains no adapter."""
+    return {**table, "adapter": EVERY_LAYER} if "adapter" not in table and measures_seeds(table, objects) else table
+
+
+def measures_seeds(table: Mapping[str, Any], objects: Objects) -> bool:
+    """Return whether the method of a recipe's tables is one whose clients measure seeds; false where it has a fault."""
     content = table.get("method")
-    if "adapter" in table or not isinstance(content, dict) or not isinstance(content.get("name"), str):
-        return table
+    if not isinstance(content, dict) or not isinstance(content.get("name"), str):
+        return False
     try:
         method = objects.method or find_method(content["name"])
     except ConfigError:
-        return table  # binding the table `method` finds the same fault
-    return {**table, "adapter": EVERY_LAYER} if method.task is ProbeSeeds else table
+        return False  # binding the table `method` finds the same fault
+    return method.task is ProbeSeeds
 
 
-def with_defaults(table: Mapping[str, Any], root: Path) -> Mapping[str, Any]:
-    """Return the tables with the keys whose default depends on others: a client's steps, and who holds which rows.
+def with_defaults(table: Mapping[str, Any], root: Path, objects: Objects) -> Mapping[str, Any]:
+    """Return the tables with the keys whose default depends on others.
+
+    They are a client's steps and, where it measures seeds, its learning rate; and who holds which rows.
 
     Several files are one client each; the rows of one source are dealt out to a few clients. Where some clients
     descend, how is written out; where all do, none has steps of probing.
@@ -161,7 +168,10 @@ def with_defaults(table: Mapping[str, Any], root: Path) -> Mapping[str, Any]:
     if {"descend", "auto"} & verbs:
         tables.setdefault("descend", {})
     if isinstance(client, Mapping) and not {"steps", "epochs"} & client.keys() and verbs != {"descend"}:
-        tables["client"] = {**client, "steps": STEPS}
+        tables["client"] = client = {**client, "steps": STEPS}
+    probes = verbs != {"descend"} and measures_seeds(table, objects)
+    if isinstance(client, Mapping) and "learning_rate" not in client and probes:
+        tables["client"] = {**client, "learning_rate": "auto"}
     if isinstance(data, Mapping) and "split" not in data:
         several = count_files(data.get("source"), root) > 1
         tables["data"] = {**data, "split": {"kind": "files"} if several else {"kind": "iid", "clients": CLIENTS}}

@@ -322,6 +322,18 @@ def seed_method_faults(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(f"override.{place}.rank", "nothing", str(override.rank), f"{method.name!r} trains no adapter")
 
 
+def measured_rate_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yield where a learning rate is left to a first round that this method has not."""
+    if (method := method_type_of(recipe)).task is ProbeSeeds:
+        return
+    rates: dict[str, Any] = {"client": recipe.client.learning_rate}
+    rates |= {f"override.{n}": one.training.get("learning_rate") for n, one in enumerate(recipe.override)}
+    for place, rate in rates.items():
+        if rate == "auto":
+            hint = "only FedKSeed's first round measures it; leave it out, or give a number"
+            yield Fault(f"{place}.learning_rate", f"a number with {quote(method.name)}", '"auto"', hint)
+
+
 def method_faults(recipe: Recipe) -> Iterator[Fault]:
     """Yield what the method itself says of its settings, given the steps of a round of each kind of client."""
     method, overrides = method_type_of(recipe), [override.training for override in recipe.override]
@@ -445,6 +457,7 @@ RULES: Sequence[Rule] = (
     training_length_faults,
     momentum_faults,
     seed_method_faults,
+    measured_rate_faults,
     override_verb_faults,
     descend_table_faults,
     client_steps_faults,

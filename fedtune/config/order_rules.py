@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeAlias
 
 from fedtune.config.recipe import Recipe, method_of
 from fedtune.errors import ShapeError, expected_and_got
-from fedtune.messages import Assignment, DescendSeeds, ProbeSeeds, ScoreRequest, TailRank, TrainLora
+from fedtune.messages import Assignment, DescendSeeds, ProbeSeeds, ScoreRequest, TailRank, Training, TrainLora
 from fedtune.number_formats import CODES, FORMATS, SCALE_DTYPE, SCALES, scales_shape
 from fedtune.planning.planner import PlanChoices
 from fedtune.pruning.depth import module_ranks
@@ -24,6 +24,9 @@ class Bounds(Protocol):
 
     @property
     def choices(self) -> PlanChoices: ...
+
+    @property
+    def training(self) -> Training: ...
 
     def ratio(self, ratio: float) -> bool:
         """Return whether a pruning ratio is permitted."""
@@ -236,10 +239,29 @@ def pruning_settings(one: Comparison) -> PruningSettings:
     return one.recipe.pruning
 
 
+def measures_step(one: Comparison) -> bool:
+    """Return whether the first round measures the step of a scalar, and not the learning rate alone."""
+    return one.expected.probe.calibrate and getattr(one.recipe.method, "scalar_step", "auto") == "auto"
+
+
+def learning_rate(one: Comparison) -> str:
+    """As the recipe says; where it leaves the rate to the first round, up to the largest that it permits."""
+    expected, came = one.expected.plan.training.rate, one.order.plan.training.rate
+    if isinstance(one.order.task, TrainLora) or one.allowed.training.learning_rate != "auto":
+        return "" if came == expected else f"{expected:g}"
+    largest = getattr(one.recipe.method, "largest_rate", expected)
+    return "" if 0 < came <= largest else f"at most {largest:g}, by method.largest_rate"
+
+
+def curvatures(one: Comparison) -> str:
+    allowed = one.expected.probe.curvatures or not one.order.probe.curvatures
+    return "" if allowed else "false, where client.learning_rate is a number"
+
+
 def exponent(one: Comparison) -> str:
     # A recipe that names its step has one exponent; otherwise the first round measures it.
     expected = one.expected.probe
-    return "" if expected.calibrate or one.order.probe.exponent == expected.exponent else str(expected.exponent)
+    return "" if measures_step(one) or one.order.probe.exponent == expected.exponent else str(expected.exponent)
 
 
 def perturbation(one: Comparison) -> str:
@@ -251,7 +273,7 @@ def perturbation(one: Comparison) -> str:
 def shift(one: Comparison) -> str:
     # It grows by one with every round whose scalars were at their bound; the decoder holds it below 2^24.
     expected = one.expected.probe
-    return "" if expected.calibrate or one.order.probe.shift >= expected.shift else f"at least {expected.shift}"
+    return "" if measures_step(one) or one.order.probe.shift >= expected.shift else f"at least {expected.shift}"
 
 
 def seed_state(one: Comparison) -> str:
@@ -373,6 +395,7 @@ def scales_fault(name: str, scales: Array, tensors: Tensors) -> str:
 FREE: Mapping[str, Rule] = {
     "Assignment.labels": labels,
     "Assignment.date": date,
+    "Training.learning_rate": learning_rate,
     "Plan.rank": rank,
     "Plan.ratio": ratio,
     "Plan.ranks": ranks,
@@ -393,6 +416,7 @@ FREE: Mapping[str, Rule] = {
     "ProbeSeeds.levels": levels,
     "ProbeSeeds.calibrate": calibrate,
     "DescendSeeds.largest_shift": largest_shift,
+    "ProbeSeeds.curvatures": curvatures,
     "ScoreRequest.blobs": score_blobs,
     "ScoreRequest.ledger": ledger,
     "ScoreRequest.trainable": ordinals,

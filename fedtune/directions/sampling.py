@@ -11,6 +11,9 @@ from fedtune.tensors import Array
 UNIFORM_SHARE = 0.1
 """Share of the probability that `repaired_probabilities` spreads evenly: every seed is visited again some day."""
 
+SHARED = 16
+"""Directions that all clients of a run measure, where they are asked for slopes and curvatures."""
+
 
 def sample_ids(key: int, count: int, size: int, *, sampling: str, levels: bytes = b"") -> Array:
     """Return the ids of a client's scalars, int32 (count,), by the recipe's `sampling`: uniform, distinct or pro.

@@ -50,6 +50,8 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "loss_before": "mean loss of some examples before",
         "loss_after": "the same after",
         "rms": "how large the bytes would be, where a run asks for that first",
+        "slopes": "16 numbers, where a run asks for them first: how steep the loss is along a direction",
+        "curvatures": "16 numbers, likewise: how fast that changes",
         "lost": "that it needs the global model anew",
         "joules": "how much energy it took",
         "numbers": "",

@@ -50,6 +50,14 @@ from fedtune.messages import (
     SeedState,
     SeedTask,
 )
+from fedtune.methods.fedkseed_rate import (
+    chosen_rate,
+    measurements,
+    rate_figures,
+    rate_remarks,
+    step_size,
+    with_rate,
+)
 from fedtune.methods.fedkseed_state import DESCENDING, FedKSeedSettings, FedKSeedState, faults, units
 from fedtune.methods.method import Method, SeedModel
 from fedtune.methods.seed_room import check_headroom, fewest_rounds_left, largest_shift
@@ -139,7 +147,10 @@ def assignment_with(state: FedKSeedState, seed: int, planned: PlannedClient, for
 def task_of(state: FedKSeedState, planned: PlannedClient, probe: ProbeSeeds) -> tuple[Plan, SeedTask]:
     """Return what a client is asked, and by which plan, after a check that the sums have room for every answer."""
     plan, probing = planned.plan, planned.probing
-    measured = replace(plan, training=probing) if probing else plan
+    training = probing or plan.training
+    measured = replace(plan, training=with_rate(state, training))
+    if training.learning_rate == "auto" and not state.chosen:
+        probe = replace(probe, calibrate=True, curvatures=True)
     descends = planned.verb in ("descend", "auto")
     # All measure in the first round where it settles the unit: as many as there are give the best median.
     if not descends or not (state.calibrated or state.round):
@@ -151,7 +162,7 @@ def task_of(state: FedKSeedState, planned: PlannedClient, probe: ProbeSeeds) -> 
         count=bank.newest.stop - bank.newest.start,
         largest_shift=largest_shift(state, plan.training),
         bits=settings.scalar_bits,
-        fallback=probing if planned.verb == "auto" else None,
+        fallback=measured.training if planned.verb == "auto" else None,
     )
     if task.fallback is not None:
         check_headroom(state, measured)
@@ -208,17 +219,22 @@ def aggregate(state: FedKSeedState, updates: Sequence[AdmittedUpdate]) -> FedKSe
     x_i is what client i alone would add to the accumulators of the newest bank, whether it has probed or descended.
     """
     cohort = sorted(updates, key=lambda update: update.client)
+    measured = measurements(state, cohort)
+    after = replace(state, chosen=chosen_rate(state, measured)) if measured else state
     # A round that measures the step moves nothing: its scalars are in no unit yet.
     if not state.calibrated:
-        return with_history(state, cohort, calibrate(state, [update.probe.rms for update in cohort]))
-    weighted = integer_weights(state, cohort)
+        return with_history(state, cohort, calibrate(after, [step_size(after, update.probe) for update in cohort]))
+    stepped = [update for update in cohort if update.client not in measured]
+    if not stepped:
+        return with_history(state, cohort, after)
+    weighted = integer_weights(state, stepped)
     logged = [
         LoggedUpdate(sample_key(state, update.client), weight, update.probe.scalars)
         for update, weight in weighted
         if isinstance(update.seeds, ProbeResult)
     ]
     moved = [(update.descend, weight) for update, weight in weighted if isinstance(update.seeds, DescendResult)]
-    after = with_sums(state, logged, moved)
+    after = with_sums(after, logged, moved)
     return with_history(state, cohort, with_descent(with_scalars(after, state, logged, moved), state, moved))
 
 
@@ -377,6 +393,7 @@ def figures(state: FedKSeedState) -> Mapping[str, Any]:
             "exponent": state.exponent,
             "coarseness": state.coarseness,
         }
+        | dict(rate_figures(state))
         | ({} if left is None else {"rounds_left": left})
         | ({"number_step": 2.0 ** (state.widest - state.exponent)} if state.grown else {})
         | ({"banks": len(plain_banks(state.bank))} if state.settings.redraw else {})
@@ -395,6 +412,7 @@ METHOD = Method(
     seeds=seeds,
     refuse=refuse,
     figures=figures,
+    remarks=rate_remarks,
     faults=faults,
     why_not_linear="it adds whole numbers along seeds, of which each client's are at most 127; method.clip bounds them",
     why_not_pruned="its directions move every weight of the base",

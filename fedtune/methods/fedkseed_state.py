@@ -63,6 +63,8 @@ class FedKSeedSettings:
     """With one-sided: divide by the standard deviation of the step's losses instead of by `perturbation` (FZOO)."""
     scalar_step: Literal["auto"] | Annotated[float, Interval(gt=0, le=1e-3)] = "auto"
     """How far a weight moves for a byte of value 1; auto: the first round measures it and changes nothing else."""
+    largest_rate: Annotated[float, Gt(0)] = field(default=0.1, metadata=OMIT_DEFAULT)
+    """Bound on the rate that `client.learning_rate = "auto"` measures; a site refuses an order with a larger one."""
     fraction_bits: Annotated[int, Interval(ge=0, le=8)] = 4
     """Bits below the value 1 that the server keeps of a mean over clients, which is rounded to them."""
     sampling: Sampling = "uniform"
@@ -181,6 +183,8 @@ class FedKSeedState:
     """Of clients that descend: the largest shift that half of a round's have stated, so far."""
     grown: int = field(default=0, metadata=OMIT_EMPTY)
     """By how much a round in which clients descended has let sum |A| at a position grow at most, and at least 1."""
+    chosen: Mapping[str, float] = field(default_factory=dict, metadata=OMIT_EMPTY)
+    """The learning rate of `client.learning_rate = "auto"`, and what it follows from; empty until it is measured."""
 
     @property
     def saved(self) -> Tensors:

@@ -43,7 +43,7 @@ def largest_shift(state: FedKSeedState, training: Training) -> int:
 def reached_shift(state: FedKSeedState, training: Training) -> int:
     """Return the shift that numbers need at most after the planned steps, at rates relative to weights of size one."""
     assert training.steps is not None  # the planner resolves epochs
-    rate = training.learning_rate * HARDLY * 2.0**state.exponent / sqrt(state.settings.seeds)
+    rate = training.rate * HARDLY * 2.0**state.exponent / sqrt(state.settings.seeds)
     reach = REACH * training.steps * rate / LARGEST_NUMBER[state.settings.scalar_bits]
     return max(0, ceil(log2(reach))) if reach > 1 else 0
 

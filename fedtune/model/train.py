@@ -49,10 +49,10 @@ def learning_rate(training: Training, step: int, steps: int) -> float:
     # Not transformers' schedules: their warm-up starts at a rate of 0, and the first step of a round would do nothing.
     warm = math.ceil(training.warmup * steps)
     if step < warm:
-        return training.learning_rate * (step + 1) / warm
+        return training.rate * (step + 1) / warm
     progress = (step - warm) / max(1, steps - warm)
     shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-    return training.learning_rate * shape[training.schedule]
+    return training.rate * shape[training.schedule]
 
 
 def autocast(training: Training, device: torch.device) -> AbstractContextManager[Any]:
@@ -225,7 +225,7 @@ def check_skipped(skipped: int, where: str, got: str, training: Training) -> Non
         raise ClientError(
             f"{where}: expected a finite loss and gradient in all but {MAX_SKIPPED} steps, and in one at least; got "
             f"{skipped} without, the last with {got}, with {training.optimizer} at learning_rate "
-            f"{training.learning_rate:g}; lower it, or use another model.dtype"
+            f"{training.rate:g}; lower it, or use another model.dtype"
         )
 
 
@@ -234,7 +234,7 @@ def check_finite(loss: float | None, where: str, training: Training) -> None:
     if loss is not None and not math.isfinite(loss):
         raise ClientError(
             f"{where}: expected a finite loss; got {loss} with {training.optimizer} at "
-            f"learning_rate {training.learning_rate:g}; lower it, or use another model.dtype"
+            f"learning_rate {training.rate:g}; lower it, or use another model.dtype"
         )
 
 

@@ -21,6 +21,7 @@ from fedtune.directions.seed_ledger import Manifest, SeedLedger
 from fedtune.directions.space import directions
 from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.messages import Assignment, ClientUpdate, Measured, ProbeResult, ProbeSeeds
+from fedtune.probing.curvature import measure_curvatures
 from fedtune.probing.measure import B, Position, measure
 from fedtune.probing.replica import Replicas, restore
 from fedtune.probing.steps import OnStep, no_steps
@@ -94,6 +95,8 @@ def measure_seeds(
     # Not an error: a client that was away for long lacks the state, and is sent the whole of it.
     if start is None:
         return lost(assignment, len(examples))
+    if probe.curvatures:
+        return measure_shared(prober, examples, assignment, probe, start, held_out, on_step)
     ledger, bank = start.ledger, start.ledger.bank
     steps, sampling = training.steps, probe.sampling
     if probe.calibrate:
@@ -159,3 +162,41 @@ def lost(assignment: Assignment, num_examples: int) -> ClientUpdate:
     """Return the answer of a client that lacks the state of an order, and asks for the whole of it."""
     result = ProbeResult(np.empty(0, np.int8), lost=True)
     return ClientUpdate(assignment.plan.client, assignment.round, num_examples, result)
+
+
+def measure_shared(
+    prober: Prober[B],
+    examples: Sequence[Example],
+    assignment: Assignment,
+    probe: ProbeSeeds,
+    start: Start,
+    held_out: Sequence[Example],
+    on_step: OnStep,
+) -> ClientUpdate:
+    """Return slopes and curvatures along the directions that all clients share; nothing is moved."""
+    name, batch, ledger = assignment.plan.client, assignment.plan.training.batch, start.ledger
+    began = time.perf_counter()
+    with prober.at(ledger, start.ordinals) as position:
+        curves = measure_curvatures(
+            position,
+            prober.collate,
+            examples,
+            batch,
+            probe,
+            key=assignment.seed,
+            client=name,
+            rows=loss_rows(examples, held_out, name, count=num_loss_rows(sampling_module.SHARED * batch)),
+            on_step=on_step,
+        )
+    seconds, peak = time.perf_counter() - began, prober.peak_bytes()
+    result = ProbeResult(
+        scalars=np.empty(0, np.int8),
+        state=ledger.digest[:STATE],
+        checks=start.checks(prober),
+        skipped=curves.skipped,
+        slopes=curves.slopes,
+        curvatures=curves.curvatures,
+    )
+    # The loss after is that before.
+    measured = Measured(seconds, peak, curves.tokens, loss_before=curves.loss, loss_after=curves.loss)
+    return ClientUpdate(name, assignment.round, len(examples), result, measured)

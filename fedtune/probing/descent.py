@@ -118,7 +118,7 @@ def descend(
     start = check_accumulators(ledger.bank, ledger.accumulators)
     begin = start[ledger.bank.newest].astype(np.float64)
     numbers, moments = begin, Moments(np.zeros_like(begin), np.zeros_like(begin))
-    rate = coordinate_rate(ledger, training.learning_rate, position.rms, client)
+    rate = coordinate_rate(ledger, training.rate, position.rms, client)
     reach = float(LARGEST_NUMBER[bits] << largest_shift)
     losses, skipped, tokens = list[float](), 0, 0
     loss_before = loss_at(position, collate, start, rows, training.batch)

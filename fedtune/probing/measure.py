@@ -122,7 +122,7 @@ def measure(
         tokens += len(moves) * batch.tokens
         steps = [math.nan]
         if finite(step_losses):
-            steps = steps_of(step_losses, probe, training.learning_rate, sizes)
+            steps = steps_of(step_losses, probe, training.rate, sizes)
         if finite(steps):
             losses.append(sum(step_losses) / len(step_losses))
             unrounded += steps

@@ -12,6 +12,7 @@ import numpy as np
 from fedtune.class_sums import ClassSums, Head, find_head, impossible
 from fedtune.directions.downlink import MAX_SCALAR
 from fedtune.directions.numbers import LARGEST_NUMBER, is_shortest
+from fedtune.directions.sampling import SHARED
 from fedtune.errors import ShapeError
 from fedtune.messages import (
     AdmittedUpdate,
@@ -53,6 +54,9 @@ WHOLE = 1e-3
 
 LARGEST_RMS = 1e6
 """Of a client's gradients along its seeds, times the learning rate."""
+
+LARGEST_CURVATURE = 1e12
+"""Of a slope or a curvature of a client's loss along a seed; what is within it cannot leave float64 in a sum."""
 
 CODES_BYTES = 8
 """Of the digest of a quantised base's codes, in an update."""
@@ -263,9 +267,15 @@ def _check_scalars(result: LoraResult | SeedResult | ClassSums, task: ProbeSeeds
         if result.skipped:
             expected = "finite losses of the base around its own weights"
             raise _RefusedError("NOT_FINITE", expected, f"{result.skipped} that are not")
-        if result.rms is None or not 0 <= result.rms <= LARGEST_RMS:
+        if task.curvatures:
+            _check_curvatures(result, min(SHARED, task.seeds))
+        elif result.rms is None or not 0 <= result.rms <= LARGEST_RMS:
             expected = f"a finite size of the gradient, at most {LARGEST_RMS:g}"
             raise _RefusedError("SCALAR_RANGE", expected, f"{result.rms}")
+    # The method reads from them what a client was asked.
+    asked = task.curvatures or not (result.slopes or result.curvatures)
+    _require(asked, "SCALARS", "no slopes and curvatures", f"{len(result.slopes)} and {len(result.curvatures)}")
+    if task.calibrate:
         return
     # A few losses may overflow along steep directions; many mean that training diverges, which a mean would hide.
     if result.skipped > MAX_SKIPPED * steps:
@@ -305,6 +315,16 @@ def _check_descent(result: LoraResult | SeedResult | ClassSums, task: DescendSee
     if not is_shortest(result.numbers, result.shift, task.bits):
         expected = f"the smallest shift that keeps the largest number within {bound}"
         raise _RefusedError("SCALAR_RANGE", expected, f"a shift of {result.shift} for numbers up to {largest}")
+
+
+def _check_curvatures(result: ProbeResult, count: int) -> None:
+    """Check the slopes and curvatures that a learning rate is chosen from."""
+    for name in ("slopes", "curvatures"):
+        numbers = getattr(result, name)
+        _require(len(numbers) == count, "SCALARS", f"{count} {name}, one per shared direction", len(numbers))
+        # A comparison with NaN is false, so NaN is refused too.
+        wrong = [number for number in numbers if not abs(number) <= LARGEST_CURVATURE]
+        _require(not wrong, "SCALAR_RANGE", f"finite {name}, at most {LARGEST_CURVATURE:g}", wrong[:1])
 
 
 def _check_adapter(

@@ -167,7 +167,7 @@ def reach(training: Training, moved: Mapping[str, int], *, start: float, scale: 
         start: norm of the numbers before training, by which weight decay shrinks them.
         scale: that b carries.
     """
-    steps, rate = training.steps or 0, training.learning_rate
+    steps, rate = training.steps or 0, training.rate
     scales = {name: scale if name.endswith(".b") else 1.0 for name in moved}
     decay = rate * training.weight_decay * steps
     if training.optimizer == "adamw":

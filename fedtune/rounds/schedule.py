@@ -93,16 +93,21 @@ def rate_share(schedule: Schedule, number: int) -> float:
     return 1.0 if shape == 1.0 else round(schedule.final_rate + (1.0 - schedule.final_rate) * shape, 9)
 
 
-def rate_text(learning_rate: float, schedule: Schedule) -> str:
+def rate_text(learning_rate: Literal["auto"] | float, schedule: Schedule) -> str:
     """Return a client's learning rate in words, with how it changes from round to round.
+
+    >>> rate_text("auto", Schedule(9))
+    'that the first round measures'
 
     >>> rate_text(0.01, Schedule(9, schedule="cosine", warmup=2))
     '0.01 from round 3 on, falling to 0.001 in round 9 (cosine)'
     """
-    last = learning_rate * rate_share(schedule, schedule.count)
+    text = "that the first round measures" if learning_rate == "auto" else f"{learning_rate:g}"
+    share = rate_share(schedule, schedule.count)
+    last = f"{share:.3g} of it" if learning_rate == "auto" else f"{learning_rate * share:.3g}"
     start = f" from round {schedule.warmup + 1} on" if schedule.warmup else ""
-    fall = f", falling to {last:.3g} in round {schedule.count} ({schedule.schedule})" if last < learning_rate else ""
-    return f"{learning_rate:g}{start}{fall}"
+    fall = f", falling to {last} in round {schedule.count} ({schedule.schedule})" if share < 1.0 else ""
+    return f"{text}{start}{fall}"
 
 
 def with_scheduled_rate(assignment: Assignment, schedule: Schedule) -> Assignment:
@@ -118,8 +123,8 @@ def scheduled_training(training: Training, schedule: Schedule, order: Assignment
     """Return a client's training at the learning rate of an order's round; at its own if the order moves nothing."""
     # Measured at the full rate, or the scalars of the rounds after a warm-up would leave the unit that it gives.
     measures = isinstance(order.task, ProbeSeeds) and order.task.calibrate
-    share = 1.0 if measures else rate_share(schedule, order.round)
-    return training if share == 1.0 else replace(training, learning_rate=training.learning_rate * share)
+    share = 1.0 if measures or training.learning_rate == "auto" else rate_share(schedule, order.round)
+    return training if share == 1.0 else replace(training, learning_rate=training.rate * share)
 
 
 def cohort_size(fleet: int, cohort: int | float | None) -> int:

@@ -522,7 +522,10 @@ def parse(message: AnyMessage, data: bytes, *, most: int = MAX_HEADER_BYTES) -> 
 @lru_cache(maxsize=64)
 def _training(data: bytes) -> Training:
     # Cached, because a fleet has few different settings and receives them with every assignment.
-    return settings.decode(data, Training)
+    training = settings.decode(data, Training)
+    # A recipe's word for what the server measures: orders state what it has chosen.
+    expect(training.learning_rate != "auto", "settings.learning_rate: a number", "auto")
+    return training
 
 
 @lru_cache(maxsize=8)

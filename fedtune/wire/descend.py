@@ -28,7 +28,7 @@ def to_message(task: DescendSeeds, training: Training) -> pb.Descend:
         probe=asked,
         steps=training.steps,
         batch=training.batch,
-        learning_rate=training.learning_rate,
+        learning_rate=training.rate,
         # 0 is one forward pass a step, so that most messages need no field for it.
         accumulation=0 if training.accumulation == 1 else training.accumulation,
         count=task.count,
@@ -82,7 +82,7 @@ def numbers_from(message: pb.ProbeUpdate) -> DescendResult:
     Raises:
         WireError: if it says that seeds were measured too, or its bytes are no numbers.
     """
-    both = message.scalars or message.lost or message.HasField("rms")
+    both = message.scalars or message.lost or message.HasField("rms") or message.slopes or message.curvatures
     expect(not both, "numbers or scalars", "both")
     expect(message.shift <= MAX_SHIFT, f"a shift of at most {MAX_SHIFT}", message.shift)
     bits = bits_of(message.bits)

@@ -51,7 +51,7 @@ def to_message(probe: ProbeSeeds, training: Training) -> pb.Probe:
         ),
         steps=training.steps,
         batch=training.batch,
-        learning_rate=training.learning_rate,
+        learning_rate=training.rate,
         sampling=SAMPLING[probe.sampling],
         levels=probe.levels,
         # 0 queries is the two-sided estimator, so that its messages need no field for it.
@@ -66,6 +66,7 @@ def to_message(probe: ProbeSeeds, training: Training) -> pb.Probe:
         groups=0 if probe.groups in (1, "tensor") else int(probe.groups),
         by_tensor=probe.groups == "tensor",
         earlier=probe.earlier,
+        curvatures=probe.curvatures,
     )
 
 
@@ -96,6 +97,8 @@ def from_message(message: pb.Probe) -> tuple[ProbeSeeds, Training]:
             "probe: expected a learning rate above 0 and a clip of at least 0; "
             f"got {message.learning_rate} and {message.clip}"
         )
+    if message.curvatures and not message.calibrate:
+        raise WireError("probe: expected curvatures of a calibration alone; got them of steps")
     sampling = choice(SAMPLING, message.sampling, "sampling")
     if len(message.levels) != (message.seeds if sampling == "pro" else 0) or 0 in message.levels:
         raise WireError(f"probe: expected a level above 0 for each seed that is drawn by it; got {len(message.levels)}")
@@ -129,6 +132,7 @@ def from_message(message: pb.Probe) -> tuple[ProbeSeeds, Training]:
         calibrate=message.calibrate,
         groups=groups,
         earlier=tuple(message.earlier),
+        curvatures=message.curvatures,
     )
     return probe, Training(batch=message.batch, learning_rate=message.learning_rate, steps=message.steps)
 

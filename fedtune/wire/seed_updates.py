@@ -34,7 +34,13 @@ def to_message(update: ClientUpdate, result: SeedResult) -> pb.ProbeUpdate:
     )
     match result:
         case ProbeResult():
-            own = pb.ProbeUpdate(scalars=result.scalars.astype(np.int8).tobytes(), rms=result.rms, lost=result.lost)
+            own = pb.ProbeUpdate(
+                scalars=result.scalars.astype(np.int8).tobytes(),
+                rms=result.rms,
+                lost=result.lost,
+                slopes=result.slopes,
+                curvatures=result.curvatures,
+            )
         case DescendResult():
             own = descend.numbers_to(result)
     message.MergeFrom(own)
@@ -84,4 +90,6 @@ def scalars_from(message: pb.ProbeUpdate) -> ProbeResult:
         skipped=message.skipped,
         rms=message.rms if message.HasField("rms") else None,
         lost=message.lost,
+        slopes=tuple(message.slopes),
+        curvatures=tuple(message.curvatures),
     )

@@ -399,6 +399,27 @@ def test_a_measurement_of_the_unit_is_permitted_at_the_full_rate_alone() -> None
     assert keys(text, put(order, "plan.training.learning_rate", 0.005)) == {"plan.training.learning_rate"}
 
 
+def test_a_rate_that_the_first_round_measures_may_be_any_up_to_the_largest_of_the_recipe() -> None:
+    text = SEEDS.replace(", learning_rate = 0.01", "").replace("seeds = 64", "seeds = 64, largest_rate = 0.03")
+    order = made(text)
+    assert (order.probe.calibrate, order.probe.curvatures) == (True, True)
+    assert recipe_of(text).client.learning_rate == "auto"
+    assert keys(text, order) == set()
+    stepping = put(put(order, "task.calibrate", False), "task.curvatures", False)
+    for rate, vetoed in ((1e-9, False), (0.03, False), (0.0301, True), (1e9, True)):
+        differing = keys(text, put(stepping, "plan.training.learning_rate", rate))
+        assert differing == ({"plan.training.learning_rate"} if vetoed else set())
+    # The unit of scalars is still the recipe's own.
+    assert keys(text, put(stepping, "task.exponent", 1)) == {"task.exponent", "task.perturbation"}
+    assert "that the first round measures" in permission_texts(recipe_of(text), "site-a")["work"]
+
+
+def test_curvatures_are_not_measured_where_the_recipe_gives_a_rate() -> None:
+    order = made(SEEDS.replace(", scalar_step = 1e-4", ""))
+    text = SEEDS.replace(", scalar_step = 1e-4", "")
+    assert keys(text, put(order, "task.curvatures", True)) == {"task.curvatures"}
+
+
 def test_an_order_of_the_attack_is_vetoed_with_every_key_that_differs() -> None:
     order = made(ADAPTERS)
     one_example = replace(order.plan.training, steps=1, batch=1)

@@ -804,3 +804,75 @@ def test_a_kron_run_that_has_not_moved_is_an_adapter_of_zero() -> None:
     change = METHOD.global_model(first(bank="kron", seeds=16)).seeds
     assert change is not None
     assert not any(delta(factors).any() for factors in kron_adapter(change, transposed=False).values())
+
+
+# ---- a learning rate that the first round measures
+
+
+def auto(state: FedKSeedState, client: str = "ann") -> Assignment:
+    training = Training(batch=1, learning_rate="auto", steps=4)
+    return METHOD.assign(state, SEED, PlannedClient(Plan(client, rank=1, scale=1.0, training=training)))
+
+
+def measured(state: FedKSeedState, client: str, slope: float = 10.0, curvature: float = 2000.0) -> AdmittedUpdate:
+    slopes = tuple(slope * (1 + 0.1 * number) for number in range(8))
+    probed = ProbeResult(np.empty(0, np.int8), state=state.digest[:STATE], checks=state.checks)
+    probed = replace(probed, slopes=slopes, curvatures=(curvature,) * 8)
+    return AdmittedUpdate(ClientUpdate(client, state.round + 1, 10, probed))
+
+
+THREE = ("ann", "bob", "cleo")
+
+
+@pytest.mark.parametrize("scalar_step", ["auto", 2.0**-20])
+def test_a_rate_is_measured_once_and_then_asked_for(scalar_step: Any) -> None:
+    state = first(scalar_step=scalar_step)
+    order = auto(state)
+    assert (order.probe.calibrate, order.probe.curvatures) == (True, True)
+    after = METHOD.aggregate(state, [measured(state, name) for name in THREE])
+    assert after.sums.tolist() == state.sums.tolist()
+    assert (after.round, after.calibrated) == (1, True)
+    order = auto(after)
+    assert (order.probe.calibrate, order.probe.curvatures) == (False, False)
+    assert order.plan.training.learning_rate == 0.5 / 2000
+    [remark] = METHOD.remarks(after)
+    assert remark == (
+        "learning rate 0.00025 chosen from 24 measurements of 3 clients (curvature 2e+03, agreement 1.00)"
+    )
+    assert METHOD.figures(after)["learning_rate"] == 0.00025
+    if scalar_step == "auto":
+        # A scalar of one is an eighth of a usual step: the rate times the slopes' root mean square, 13.7.
+        assert METHOD.figures(after)["scalar_step"] == 2.0 ** round(np.log2(0.00025 * 13.7 / COARSE))
+    else:
+        assert after.exponent == state.exponent
+    # Said once, asked for ever after, and resumed.
+    later = METHOD.aggregate(after, [answer(after, name, [1, 2, 3, 4]) for name in THREE])
+    assert METHOD.remarks(later) == ()
+    assert auto(later).plan.training.learning_rate == 0.00025
+    assert decode(b"".join(encode(later)), like=state).chosen == later.chosen
+
+
+def test_a_rate_beyond_the_largest_is_cut_to_it() -> None:
+    state = first(largest_rate=1e-4)
+    after = METHOD.aggregate(state, [measured(state, name) for name in THREE])
+    assert auto(after).plan.training.learning_rate == 1e-4
+
+
+def test_clients_with_a_rate_of_their_own_step_while_the_others_measure() -> None:
+    state = first(weights="uniform")
+    stepped = answer(state, "bob", [1, 2, 3, 4])
+    after = METHOD.aggregate(state, [measured(state, "ann"), stepped, measured(state, "cleo")])
+    assert after.sums.tolist() == METHOD.aggregate(state, [stepped]).sums.tolist()
+    assert after.chosen["clients"] == 2
+    assert assigned(after, "bob").plan.training.learning_rate == 1.0
+
+
+def test_a_state_without_a_measured_rate_is_written_as_it_always_was() -> None:
+    state = METHOD.aggregate(first(), [answer(first(), "ann", [1, 2, 3, 4])])
+    assert b"chosen" not in b"".join(encode(state))
+
+
+def test_slopes_that_agree_on_nothing_end_the_run_with_what_to_do() -> None:
+    state = first()
+    with pytest.raises(RoundError, match=r"round 1: expected slopes .*head = 'lda'"):
+        METHOD.aggregate(state, [measured(state, name, slope=0.0) for name in THREE])

@@ -251,7 +251,8 @@ STEPS = 20
 
 def probe(steps: int = STEPS, **changes: Any) -> Assignment:
     state = SeedState("whole", 0, bytes(16), 2, bytes(32))
-    asked = ProbeSeeds("hadamard", seeds=8, key=0, exponent=26, shift=4, perturbation=9, state=state, **changes)
+    asked = ProbeSeeds("hadamard", seeds=8, key=0, exponent=26, shift=4, perturbation=9, state=state)
+    asked = replace(asked, **changes)
     training = Training(batch=1, learning_rate=1.0, steps=steps)
     plan = Plan(client="anna", rank=1, scale=1.0, training=training)
     return Assignment(method="fedkseed", round=3, seed=0, plan=plan, task=asked)
@@ -328,6 +329,52 @@ def test_a_size_that_cannot_be_is_refused(rms: float | None) -> None:
     assert f"expected a finite size of the gradient, at most 1e+06; got {rms}" in outcome.reason
 
 
+FULL = (0.5,) * 8
+
+
+def test_slopes_and_curvatures_are_taken_where_they_are_asked_for() -> None:
+    # A pool of eight directions has eight of them, a larger one sixteen.
+    for seeds, count in ((8, 8), (4096, 16)):
+        good = measured_rate(slopes=(0.5,) * count, curvatures=(-1e12,) * count)
+        asked = probe(calibrate=True, curvatures=True, seeds=seeds)
+        assert taken(admit(good, asked, BLUEPRINT, num_examples=10)) is good
+
+
+@pytest.mark.parametrize(
+    ("slopes", "curvatures", "why"),
+    [
+        ((), (), "expected 8 slopes, one per shared direction; got 0"),
+        (FULL, FULL[1:], "expected 8 curvatures, one per shared direction; got 7"),
+        (FULL * 2, FULL, "expected 8 slopes, one per shared direction; got 16"),
+        ((*FULL[1:], float("nan")), FULL, "expected finite slopes, at most 1e+12; got [nan]"),
+        (FULL, (*FULL[1:], float("inf")), "expected finite curvatures, at most 1e+12; got [inf]"),
+        (FULL, (*FULL[1:], -1.1e12), "expected finite curvatures, at most 1e+12; got [-1100000000000.0]"),
+    ],
+)
+def test_slopes_and_curvatures_that_cannot_be_are_refused(
+    slopes: tuple[float, ...], curvatures: tuple[float, ...], why: str
+) -> None:
+    update = measured_rate(slopes=slopes, curvatures=curvatures)
+    outcome = admit(update, probe(calibrate=True, curvatures=True), BLUEPRINT, num_examples=10)
+    assert isinstance(outcome, Failure)
+    assert why in outcome.reason
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_slopes_that_were_not_asked_for_are_refused(calibrate: bool) -> None:
+    honest = answer([], rms=0.5) if calibrate else answer([0] * 5)
+    for result in (replace(honest.probe, slopes=FULL), replace(honest.probe, curvatures=FULL)):
+        update = replace(honest, result=result)
+        outcome = admit(update, probe(5, calibrate=calibrate), BLUEPRINT, num_examples=10)
+        assert isinstance(outcome, Failure)
+        assert "expected no slopes and curvatures" in outcome.reason
+
+
+def measured_rate(*, slopes: tuple[float, ...], curvatures: tuple[float, ...]) -> ClientUpdate:
+    update = answer([])
+    return replace(update, result=replace(update.probe, slopes=slopes, curvatures=curvatures))
+
+
 def test_scalars_are_no_answer_to_what_asks_for_tensors() -> None:
     outcome = admit(answer(), replace(assignment(), base=""), BLUEPRINT, num_examples=10)
     assert isinstance(outcome, Failure)
@@ -337,6 +384,7 @@ def test_scalars_are_no_answer_to_what_asks_for_tensors() -> None:
 def test_no_honest_answer_to_a_probe_is_too_long() -> None:
     for steps in (1, 200, 65_535):
         full = answer([-127] * steps, skipped=2**32 - 1, rms=1.0, lost=True)
+        full = replace(full, result=replace(full.probe, slopes=FULL * 2, curvatures=FULL * 2))
         measured = Measured(1e9, 2**50, 2**63, loss_before=1e9, loss_after=1e9)
         data = encode_update(replace(full, round=2**32 - 1, num_examples=2**63, measured=measured))
         limit = largest_update(ProbeSeeds, rank=1, scalar_bytes=steps, blueprint=BLUEPRINT)

@@ -98,7 +98,7 @@ def test_clients_are_asked_for_the_rate_of_the_round() -> None:
     asked: list[float] = []
 
     def reply(assignment: Assignment) -> ClientUpdate | Failure | bytes:
-        asked.append(assignment.plan.training.learning_rate)
+        asked.append(assignment.plan.training.rate)
         return answer(value=0.1)(assignment)
 
     options: dict[str, Any] = {"training": replace(TRAINING, learning_rate=8.0), "final_rate": 0.5}

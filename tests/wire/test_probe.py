@@ -51,6 +51,7 @@ PROBE = ProbeSeeds(
     vectors=True,
     embeddings=True,
     calibrate=True,
+    curvatures=True,
     groups=16,
     earlier=(2**64 - 1, 0),
 )
@@ -59,7 +60,14 @@ ASSIGNMENT = Assignment(
     method="fedkseed", round=3, seed=2**64 - 1, plan=Plan("bank-1", rank=1, scale=1.0, training=TRAINING), task=PROBE
 )
 PROBED = ProbeResult(
-    np.array([0, 1, -1, 127, -127], np.int8), state=b"12345678", checks=bytes(range(16)), skipped=1, rms=0.25, lost=True
+    np.array([0, 1, -1, 127, -127], np.int8),
+    state=b"12345678",
+    checks=bytes(range(16)),
+    skipped=1,
+    rms=0.25,
+    lost=True,
+    slopes=(0.5, -1.25),
+    curvatures=(2000.0, -0.0),
 )
 UPDATE = ClientUpdate(
     client="bank-1",
@@ -103,7 +111,7 @@ def probes(draw: st.DrawFn) -> ProbeSeeds:
     seeds = draw(st.sampled_from([1, 4, 1024, 4096]))
     sampling = draw(st.sampled_from(["uniform", "distinct", "pro"]))
     one_sided = draw(st.booleans())
-    round = draw(COUNT)
+    round, calibrate = draw(COUNT), draw(st.booleans())
     return ProbeSeeds(
         bank=draw(st.sampled_from(["hadamard", "gaussian", "kron"])),
         seeds=seeds,
@@ -127,7 +135,8 @@ def probes(draw: st.DrawFn) -> ProbeSeeds:
         trainable=tuple(draw(st.lists(st.text(max_size=5), max_size=3))),
         vectors=draw(st.booleans()),
         embeddings=draw(st.booleans()),
-        calibrate=draw(st.booleans()),
+        calibrate=calibrate,
+        curvatures=calibrate and draw(st.booleans()),
     )
 
 
@@ -242,6 +251,7 @@ LIES: dict[str, tuple[Callable[[Any], object], str]] = {
     "many levels": (lambda p: setattr(p, "levels", b"\1\2\3\4\5"), "level above 0 for each seed"),
     "a level of zero": (lambda p: setattr(p, "levels", b"\1\2\0\4"), "level above 0 for each seed"),
     "levels not asked for": (lambda p: setattr(p, "sampling", pb.UNIFORM), "level above 0 for each seed"),
+    "curvatures of steps": (lambda p: p.ClearField("calibrate"), "curvatures of a calibration alone"),
     "no form": (lambda p: p.state.ClearField("form"), "expected form in"),
     "unknown form": (lambda p: setattr(p.state, "form", 9), "expected form in"),
     "no state": (lambda p: p.ClearField("state"), "digest of 32 bytes .* got 0 and"),
@@ -300,6 +310,7 @@ def test_flipped_bits_give_a_wire_error_or_another_message_and_nothing_else() ->
     floats=st.lists(st.none() | st.floats(width=32), min_size=3, max_size=3),
     seconds=SINGLE,
     lost=st.booleans(),
+    measured=st.lists(st.tuples(st.floats(width=32), st.floats(width=32)), max_size=20),
 )
 def test_an_update_comes_back_exactly(
     scalars: Array,
@@ -309,13 +320,15 @@ def test_an_update_comes_back_exactly(
     floats: list[float | None],
     seconds: float,
     lost: bool,
+    measured: list[tuple[float, float]],
 ) -> None:
+    slopes, curvatures = (tuple(part) for part in zip(*measured, strict=True)) if measured else ((), ())
     round, skipped, peak_mib, examples, tokens = counts
     update = ClientUpdate(
         client="bank-1",
         round=round,
         num_examples=examples,
-        result=ProbeResult(scalars, state, checks, skipped, rms=floats[2], lost=lost),
+        result=ProbeResult(scalars, state, checks, skipped, floats[2], lost, slopes=slopes, curvatures=curvatures),
         measured=Measured(seconds, peak_mib * 2**20, tokens, loss_before=floats[0], loss_after=floats[1]),
     )
     assert plain(update_again(update)) == plain(update)
@@ -372,7 +385,7 @@ def test_every_truncated_update_is_refused_or_lacks_a_field() -> None:
             continue
         assert plain(found) != plain(UPDATE)
     # Twelve of its thirteen fields can end a message that is cut, and so can none.
-    assert len(data) - refused == 13
+    assert len(data) - refused == 15
 
 
 @pytest.mark.parametrize("seconds", [math.nan, math.inf, -1.0])

@@ -39,7 +39,7 @@ def lasting_steps(training: Training, task: TrainLora) -> int:
     if training.optimizer == "sgd":  # AdamW scales FedProx's gradient like any other
         pull += sum(term.mu for term in task.terms if isinstance(term, Proximal))
     # Every step shrinks what was there by this share: with a share of 1, the last batch is all that leaves.
-    share = training.learning_rate * pull
+    share = training.rate * pull
     return max(1, int(1 / share)) if share > 2.0**-31 else 2**31
 
 

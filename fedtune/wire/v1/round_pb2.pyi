@@ -204,7 +204,7 @@ class SeedState(_message.Message):
     def __init__(self, form: _Optional[_Union[SeedForm, str]] = ..., since: _Optional[int] = ..., data: _Optional[bytes] = ..., round: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class Probe(_message.Message):
-    __slots__ = ("bank", "seeds", "key", "exponent", "shift", "perturbation", "state", "steps", "batch", "learning_rate", "sampling", "levels", "queries", "normalise", "clip", "trainable", "vectors", "embeddings", "calibrate", "groups", "by_tensor", "earlier")
+    __slots__ = ("bank", "seeds", "key", "exponent", "shift", "perturbation", "state", "steps", "batch", "learning_rate", "sampling", "levels", "queries", "normalise", "clip", "trainable", "vectors", "embeddings", "calibrate", "groups", "by_tensor", "earlier", "curvatures")
     BANK_FIELD_NUMBER: _ClassVar[int]
     SEEDS_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
@@ -227,6 +227,7 @@ class Probe(_message.Message):
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     BY_TENSOR_FIELD_NUMBER: _ClassVar[int]
     EARLIER_FIELD_NUMBER: _ClassVar[int]
+    CURVATURES_FIELD_NUMBER: _ClassVar[int]
     bank: Bank
     seeds: int
     key: int
@@ -249,7 +250,8 @@ class Probe(_message.Message):
     groups: int
     by_tensor: bool
     earlier: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, bank: _Optional[_Union[Bank, str]] = ..., seeds: _Optional[int] = ..., key: _Optional[int] = ..., exponent: _Optional[int] = ..., shift: _Optional[int] = ..., perturbation: _Optional[int] = ..., state: _Optional[_Union[SeedState, _Mapping]] = ..., steps: _Optional[int] = ..., batch: _Optional[int] = ..., learning_rate: _Optional[float] = ..., sampling: _Optional[_Union[Sampling, str]] = ..., levels: _Optional[bytes] = ..., queries: _Optional[int] = ..., normalise: bool = ..., clip: _Optional[float] = ..., trainable: _Optional[_Iterable[str]] = ..., vectors: bool = ..., embeddings: bool = ..., calibrate: bool = ..., groups: _Optional[int] = ..., by_tensor: bool = ..., earlier: _Optional[_Iterable[int]] = ...) -> None: ...
+    curvatures: bool
+    def __init__(self, bank: _Optional[_Union[Bank, str]] = ..., seeds: _Optional[int] = ..., key: _Optional[int] = ..., exponent: _Optional[int] = ..., shift: _Optional[int] = ..., perturbation: _Optional[int] = ..., state: _Optional[_Union[SeedState, _Mapping]] = ..., steps: _Optional[int] = ..., batch: _Optional[int] = ..., learning_rate: _Optional[float] = ..., sampling: _Optional[_Union[Sampling, str]] = ..., levels: _Optional[bytes] = ..., queries: _Optional[int] = ..., normalise: bool = ..., clip: _Optional[float] = ..., trainable: _Optional[_Iterable[str]] = ..., vectors: bool = ..., embeddings: bool = ..., calibrate: bool = ..., groups: _Optional[int] = ..., by_tensor: bool = ..., earlier: _Optional[_Iterable[int]] = ..., curvatures: bool = ...) -> None: ...
 
 class Descend(_message.Message):
     __slots__ = ("probe", "steps", "batch", "learning_rate", "accumulation", "count", "bits", "largest_shift")
@@ -398,7 +400,7 @@ class ClientUpdate(_message.Message):
     def __init__(self, examples: _Optional[int] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., deflated_parts: _Optional[bytes] = ..., kept: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., base_format: _Optional[_Union[BaseFormat, str]] = ..., codes: _Optional[bytes] = ...) -> None: ...
 
 class ProbeUpdate(_message.Message):
-    __slots__ = ("scalars", "state", "checks", "round", "examples", "skipped", "seconds", "peak_mib", "tokens", "loss_before", "loss_after", "rms", "lost", "joules", "numbers", "shift", "bits", "count")
+    __slots__ = ("scalars", "state", "checks", "round", "examples", "skipped", "seconds", "peak_mib", "tokens", "loss_before", "loss_after", "rms", "lost", "joules", "numbers", "shift", "bits", "count", "slopes", "curvatures")
     SCALARS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     CHECKS_FIELD_NUMBER: _ClassVar[int]
@@ -417,6 +419,8 @@ class ProbeUpdate(_message.Message):
     SHIFT_FIELD_NUMBER: _ClassVar[int]
     BITS_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
+    SLOPES_FIELD_NUMBER: _ClassVar[int]
+    CURVATURES_FIELD_NUMBER: _ClassVar[int]
     scalars: bytes
     state: bytes
     checks: bytes
@@ -435,7 +439,9 @@ class ProbeUpdate(_message.Message):
     shift: int
     bits: int
     count: int
-    def __init__(self, scalars: _Optional[bytes] = ..., state: _Optional[bytes] = ..., checks: _Optional[bytes] = ..., round: _Optional[int] = ..., examples: _Optional[int] = ..., skipped: _Optional[int] = ..., seconds: _Optional[float] = ..., peak_mib: _Optional[int] = ..., tokens: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., rms: _Optional[float] = ..., lost: bool = ..., joules: _Optional[float] = ..., numbers: _Optional[bytes] = ..., shift: _Optional[int] = ..., bits: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+    slopes: _containers.RepeatedScalarFieldContainer[float]
+    curvatures: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, scalars: _Optional[bytes] = ..., state: _Optional[bytes] = ..., checks: _Optional[bytes] = ..., round: _Optional[int] = ..., examples: _Optional[int] = ..., skipped: _Optional[int] = ..., seconds: _Optional[float] = ..., peak_mib: _Optional[int] = ..., tokens: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., rms: _Optional[float] = ..., lost: bool = ..., joules: _Optional[float] = ..., numbers: _Optional[bytes] = ..., shift: _Optional[int] = ..., bits: _Optional[int] = ..., count: _Optional[int] = ..., slopes: _Optional[_Iterable[float]] = ..., curvatures: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class SumUpdate(_message.Message):
     __slots__ = ("round", "base", "counts", "sums", "squares", "seconds", "peak_mib", "tokens", "joules")
