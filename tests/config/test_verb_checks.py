@@ -109,14 +109,14 @@ def test_overrides_say_who_descends_and_how() -> None:
     recipe = bound(
         'override=[{clients = "gpu-*", verb = "auto"}, {clients = "gpu-1", batch = 2, steps = 7, '
         "descend = {steps = 3, accumulation = 2}}]",
-        "descend.learning_rate=0.01",
+        "descend.learning_rate=0.03",
     )
     assert requested_verbs(recipe) == {"probe", "auto"}
     asked = {name: requested_verb(recipe, name) for name in ("phone-0", "gpu-0", "gpu-1")}
     assert asked == {"phone-0": "probe", "gpu-0": "auto", "gpu-1": "auto"}
     phone, first, second = (planned_training(recipe, name)[1] for name in asked)
     assert (phone.steps, phone.learning_rate) == (20, 3e-4)
-    assert (first.steps, first.batch, first.learning_rate) == (8, 4, 0.01)
+    assert (first.steps, first.batch, first.learning_rate) == (8, 4, 0.03)
     assert (second.steps, second.batch, second.accumulation) == (3, 2, 2)
     fallback = verb_request(recipe, "gpu-1").probing
     assert fallback is not None
