@@ -12,6 +12,7 @@ from fedtune.directions.consistency import (
     BLOCKS,
     LENGTH,
     STATE,
+    block_check,
     block_checks,
     fastest_displacement,
     first_difference,
@@ -23,6 +24,7 @@ from fedtune.directions.gaussian import Gaussian
 from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
 from fedtune.directions.seed_ledger import SeedLedger, describe_base
+from fedtune.directions.space import directions
 from fedtune.tensors import Array
 from tests.directions.vectors import SEED, accumulators
 
@@ -69,6 +71,32 @@ def test_a_check_is_the_start_of_the_hash_of_the_real_positions() -> None:
     assert checks() == expected
     assert len(checks()) == BLOCKS * LENGTH == 16
     assert STATE == 8
+
+
+@pytest.mark.parametrize(
+    "bank",
+    [
+        directions("hadamard", 16, [SEED, 3], 4),
+        directions("hadamard", 16, [SEED, 3], "tensor", TRAINABLE),
+        directions("gaussian", 4, [SEED, 3], 2),
+    ],
+    ids=lambda bank: f"{bank.name}-{bank.groups}",
+)
+def test_a_wrong_block_of_several_banks_and_groups_is_named(bank: DirectionBank) -> None:
+    ledger = SeedLedger(bank, 20, 7, MANIFEST.digest, accumulators(bank, most=99))
+    assert wrong(checks(ledger), ledger) is None
+    ordinal, block = sample_places(ledger.digest, MANIFEST, TRAINABLE)[2]
+    name = MANIFEST.entries[ordinal].name
+    assert wrong(block_checks(ledger, MANIFEST, TRAINABLE, Wrong(ordinal, block)), ledger) == (name, block)
+    # A client that has the rows of the groups one place further, or has not seen what the newest bank added.
+    turned, stale = np.roll(ledger.accumulators, bank.seeds), ledger.accumulators.copy()
+    stale[bank.newest] = 0
+    for sums in (turned, stale):
+        theirs = b"".join(
+            block_check(bank, sums, displacement, MANIFEST, *place)
+            for place in sample_places(ledger.digest, MANIFEST, TRAINABLE)
+        )
+        assert wrong(theirs, ledger) is not None
 
 
 def test_places_are_drawn_from_the_digest_among_the_blocks_that_are_moved() -> None:

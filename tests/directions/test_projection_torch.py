@@ -29,7 +29,7 @@ def check(bank: DirectionBank, tensor: torch.Tensor, values: np.ndarray) -> None
     # Of the norm: an inner product with signs may cancel to any small number.
     norm = float(np.linalg.norm(values.astype(np.float64)))
     precision = 1e-6 if bank.name == "hadamard" else 1e-5
-    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=precision * norm)
+    np.testing.assert_allclose(found.cpu().numpy(), expected, rtol=0, atol=precision * norm)
 
 
 @pytest.mark.parametrize("bank", EVERY, ids=LABELS)
@@ -66,3 +66,14 @@ def test_a_gradient_that_is_still_part_of_a_graph_is_left_alone(no_numba: None) 
     weight = torch.ones(40, requires_grad=True)
     found = project(Hadamard(8, SEED), weight * 2, 1)
     assert not found.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bank", EVERY, ids=LABELS)
+def test_a_gpu_gives_the_slopes_of_the_reference(bank: DirectionBank) -> None:
+    for shape in SHAPES:
+        values = weights(shape, key=4)
+        there = torch.from_numpy(values).to("cuda")
+        assert project(bank, there, 9).device == there.device
+        check(bank, there, values)

@@ -217,6 +217,14 @@ def test_a_gpu_gives_the_bits_of_the_reference(bank: DirectionBank) -> None:
     check_vectors(on_gpu)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bank", SPACES, ids=SPACE_NAMES)
+def test_a_gpu_gives_the_bits_of_the_reference_for_several_banks_and_groups(bank: DirectionBank) -> None:
+    for most in (30, 2**15):
+        check_spaces(partial(rebuild, device=CUDA), bank, most=most, dtypes=("fp32", "bf16", "fp16"))
+
+
 REWRITTEN = ((1,), (3, 5), (17, 241))
 """One position, part of a block, and one block with a single position behind it."""
 

@@ -118,6 +118,8 @@ def test_a_ledger_of_several_banks_and_groups_is_written_as_the_format_says() ->
     front = b"FTKS\2" + struct.pack("<BHIiI", 2, 0, 4, 10, 3) + MANIFEST
     assert BY_TENSOR.encode() == front + struct.pack("<HHQ3I", 1, 0, SEED, 2, 3, 9) + numbers
     assert (len(GROUPED.encode()), len(BY_TENSOR.encode())) == (56 + 16 + 32, 56 + 8 + 12 + 32)
+    assert GROUPED.digest.hex() == "2fedacc4e8825bdc4d3f923d5ac01ee7d76da5d052d09e60af5a594be14aace7"
+    assert BY_TENSOR.digest.hex() == "b85edb3de20be883db212029f9fac92b01614841174d238e97ab6569d5278896"
 
 
 @settings(max_examples=60, deadline=None)
