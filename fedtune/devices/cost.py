@@ -230,6 +230,11 @@ def rebuild_flops(body: Body, bank: BankName, seeds: int) -> float:
     return per_weight[bank] * body.parameters
 
 
+def move_flops(body: Body, bank: BankName) -> float:
+    """Return the operations of adding one direction to all weights: a random sign (hadamard) or number for each."""
+    return {"hadamard": MIXING, "gaussian": DRAWING, "kron": 0.0}[bank] * body.parameters
+
+
 def largest_tensor(body: Body) -> float:
     """Return about the numbers of the largest tensor of a base: its output, its embeddings or a layer."""
     layout = body.layout

@@ -10,6 +10,7 @@ from fedtune.devices.cost import (
     descend_flops_per_token,
     forward_flops_per_token,
     largest_tensor,
+    move_flops,
     rebuild_flops,
 )
 from fedtune.devices.memory import Footprint
@@ -18,9 +19,11 @@ from fedtune.messages import Training, Verb
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.rounds.clock import CompletedWork
 
-PROBING_READS = 3
-"""Times that a forward pass at rewritten weights reads or writes as many bytes as the weights take: it rebuilds them
-from the base into a copy, which it reads."""
+PROBING_READS = 4
+"""Times that a forward pass at rewritten weights reads or writes as many bytes as the weights take: base and
+displacements are read, and a copy is written, which the pass reads."""
+DISPLACED_BYTES = 4.25
+"""Of a weight whose displacement stays in memory, with the sign of one direction."""
 DESCENDING_READS = 6
 """The same of a step: weights are rebuilt, read forward and backward, and gradients written and projected."""
 
@@ -35,7 +38,9 @@ def seed_footprint(usual: Footprint, body: Body, settings: FedKSeedSettings, ver
     beside = moves_beside(settings)
     usual = replace(usual, moved=0.0 if beside else float(body.parameters))
     if verb != "descend":
-        return replace(usual, forward_only=True)
+        # With hadamard displacements stay in memory only where twice as much is free: it is not needed.
+        extra = DISPLACED_BYTES / body.layout.number_bytes if settings.bank == "gaussian" else 0.0
+        return replace(usual, forward_only=True, moved=usual.moved * (1.0 + extra))
     rank = float(isqrt(settings.seeds)) if beside else 0.0
     return replace(
         usual,
@@ -57,7 +62,8 @@ def seed_flops(
         # Weights are rebuilt once a step, gradients are projected with every batch.
         rebuilds = passes / training.accumulation + passes
         return descend_flops_per_token(body, mean, rank) * tokens + rebuild * rebuilds
-    return forward_flops_per_token(body, mean, rank) * tokens + rebuild * passes
+    # The weights of the round once, and one direction more for each loss.
+    return forward_flops_per_token(body, mean, rank) * tokens + rebuild + move_flops(body, settings.bank) * passes
 
 
 def seed_load(done: CompletedWork, body: Body, settings: FedKSeedSettings, mean: float) -> Load:

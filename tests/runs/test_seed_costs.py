@@ -12,6 +12,7 @@ import fedtune
 from fedtune.config import bind
 from fedtune.config.recipe import Objects
 from fedtune.devices.cost import largest_tensor, llama_7b, rebuild_flops, smollm2_135m
+from fedtune.devices.memory import Footprint
 from fedtune.errors import ConfigError
 from fedtune.messages import (
     Blueprint,
@@ -30,7 +31,7 @@ from fedtune.planning.policy import Arm
 from fedtune.pruning.structure import Block, BlockLayout
 from fedtune.rounds.clock import CompletedWork
 from fedtune.runs.fleet import Fleet, Lengths, fleet_of
-from fedtune.runs.seed_costs import round_tokens, seed_flops
+from fedtune.runs.seed_costs import round_tokens, seed_flops, seed_footprint
 
 NAMES = ["gpu-0", "phone-0"]
 ANATOMY = BlockLayout("llama", (Block("model.layers.0", 4, 4, 8, 64),), width=32, head=320, outputs=10)
@@ -82,11 +83,12 @@ def test_by_hand_what_descending_beside_frozen_weights_costs(made: Callable[...,
     assert load.gigabytes == pytest.approx(2 * 2 * 20_000 * 4 / 1e9)
 
 
-def test_probing_pays_for_rebuilding_the_weights_with_every_pass(made: Callable[..., Fleet]) -> None:
+def test_probing_pays_for_moving_the_weights_with_every_pass(made: Callable[..., Fleet]) -> None:
     hadamard, kron = (made({"seeds": 256, "bank": bank}).load(work("probe", 160)) for bank in ("hadamard", "kron"))
     per_token = 2 * (BLOCKS + 320) + 4 * 10 * 32
-    assert hadamard.tflop == pytest.approx((160 * per_token + 4 * 20_000 * 16) / 1e12)
-    assert hadamard.gigabytes == pytest.approx(3 * kron.gigabytes)
+    # The weights once, of log2 of 256 additions and the signs; then the signs of one direction for each pass.
+    assert hadamard.tflop == pytest.approx((160 * per_token + 20_000 * (16 + 4 * 8)) / 1e12)
+    assert hadamard.gigabytes == pytest.approx(4 * kron.gigabytes)
 
 
 @pytest.mark.parametrize("bank", ["hadamard", "kron"])
@@ -161,6 +163,11 @@ def test_gaussian_directions_cost_a_number_per_seed_and_weight() -> None:
     body = smollm2_135m()
     assert rebuild_flops(body, "gaussian", 1024) > 500 * rebuild_flops(body, "hadamard", 1024)
     assert rebuild_flops(body, "kron", 1024) == 0
+    usual = Footprint(ranks={}, rows=1, longest=1.0)
+    plain, stored = (
+        seed_footprint(usual, body, FedKSeedSettings(bank=bank), "probe") for bank in ("hadamard", "gaussian")
+    )
+    assert stored.moved == pytest.approx(plain.moved * (1 + 4.25 / 4))  # displacements and signs stay in memory
 
 
 def test_seeds_of_another_package_have_no_simulated_devices(tables: dict[str, Any]) -> None:
