@@ -288,6 +288,9 @@ class ProbeSeeds:
     embeddings: bool = False
     calibrate: bool = False
     """Measure how large g is and move nothing."""
+    head: Tensors = field(default_factory=dict)
+    """In the base's place, by parameter name, float32, where the run has made it of class sums; sent with a state that
+    needs no earlier one, and known to clients from there."""
     groups: Groups = 1
     earlier: tuple[int, ...] = ()
     """Keys of the banks before the newest one, oldest first, 64 bits each."""

@@ -27,12 +27,14 @@ from fedtune.messages import (
     Plan,
     ProbeSeeds,
     Pruning,
+    SeedTask,
     SumClasses,
     Training,
     TrainLora,
 )
 from fedtune.model import libraries, module_importance, pruned_training
 from fedtune.model.base import Base, check_packing, to_numpy
+from fedtune.model.base_head import with_head
 from fedtune.model.batches import Batch
 from fedtune.model.class_sums import sum_classes
 from fedtune.model.lora import frozen_change, read_local, start, with_adapters
@@ -85,11 +87,12 @@ def perform(
         ShapeError: if a tensor that was sent does not fit the base.
         WireError: if accumulators that were sent are not those that they are said to be.
     """
-    with libraries.threads(threads):
+    replicas = replicas or Replicas()
+    head = replicas.head(assignment.probe) if isinstance(assignment.task, SeedTask) else {}
+    with libraries.threads(threads), with_head(base, head) as base:
         match assignment.task:
             case ProbeSeeds() | DescendSeeds():
-                known = replicas or Replicas()
-                return work_along_seeds(base, examples, assignment, known, held_out, on_step, max_bytes=max_bytes)
+                return work_along_seeds(base, examples, assignment, replicas, held_out, on_step, max_bytes=max_bytes)
             case SumClasses():
                 check_base(assignment, base)
                 return sum_classes(base, examples, assignment, on_step=on_step)

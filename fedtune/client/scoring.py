@@ -15,6 +15,7 @@ from fedtune.model import libraries
 from fedtune.model.base import Base
 from fedtune.model.evaluate import evaluate
 from fedtune.model.seed_rebuild import with_rebuilt_weights
+from fedtune.tensors import Tensors
 
 
 def score(base: Base, held_out: Sequence[Example], request: ScoreRequest, *, threads: int) -> ClientScores:
@@ -33,13 +34,17 @@ def score(base: Base, held_out: Sequence[Example], request: ScoreRequest, *, thr
     if not rows:
         raise ClientError(f"{name}: expected rows that are held out; got none; set data.held_out above 0")
     adapter, saved = unpack(request.blobs.get("global", {})), request.blobs.get("saved", {})
-    with libraries.threads(threads), with_seeds(base, request):
+    if request.ledger:
+        head, saved = saved, {}  # that the seeds move: it comes before them, and not after
+    else:
+        head = {}
+    with libraries.threads(threads), with_seeds(base, request, head):
         metrics = evaluate(base, adapter, saved, {name: rows}, batch=request.batch)[name]
     return ClientScores(name, request.round, base.digest, metrics, time.perf_counter() - began)
 
 
 @contextmanager
-def with_seeds(base: Base, request: ScoreRequest) -> Iterator[None]:
+def with_seeds(base: Base, request: ScoreRequest, head: Tensors) -> Iterator[None]:
     """Give the base the weights that the seeds of a request give while the block runs, if it has any."""
     if not request.ledger:
         yield
@@ -48,7 +53,7 @@ def with_seeds(base: Base, request: ScoreRequest) -> Iterator[None]:
     if request.trainable and request.trainable[-1] >= entries:
         raise ClientError(f"{request.client}: expected ordinals below {entries}; got {request.trainable[-1]}")
     try:
-        with with_rebuilt_weights(base, ledger, request.trainable):
+        with with_rebuilt_weights(base, ledger, request.trainable, head):
             yield
     except ConfigError as error:
         raise ClientError(f"{request.client}: {error}") from error

@@ -292,8 +292,6 @@ def head_faults(recipe: Recipe) -> Iterator[Fault]:
     if recipe.rounds.count < 2:
         expected = f"at least 2 with adapter.head = {got}, whose first round trains nothing"
         yield Fault("rounds.count", expected, str(recipe.rounds.count))
-    if method_type_of(recipe).task is ProbeSeeds:
-        yield Fault("adapter.head", f"drawn with {recipe.method.name!r}", got, "leave it out, or choose another method")
 
 
 READ_BY_SEED_METHODS = ("steps", "epochs", "batch", "learning_rate")

@@ -290,6 +290,21 @@ def largest_shift(one: Comparison) -> str:
     return ""
 
 
+def head(one: Comparison) -> str:
+    return head_fault(one, one.order.probe.head, after=one.order.round - 1)
+
+
+def head_fault(one: Comparison, came: Tensors, *, after: int) -> str:
+    """Return what is expected of a head in the place of the base's, after so many rounds; empty if it is that."""
+    if not came:
+        return ""
+    if one.recipe.adapter.head == "drawn" or after < 1:
+        return "none, by adapter.head"
+    own = {name: (tensor.shape, tensor.dtype) for name, tensor in one.profile.foundation.saved.items()}
+    fits = all(own.get(name) == (tensor.shape, tensor.dtype) for name, tensor in came.items())
+    return "" if fits else f"tensors of the head in this site's shapes, among {short_text(sorted(own))}"
+
+
 def calibrate(one: Comparison) -> str:
     if isinstance(one.order.task, DescendSeeds):
         return "false, of a client that descends" if one.order.probe.calibrate else ""
@@ -309,7 +324,10 @@ def order_blobs(one: Comparison) -> str:
 
 def score_blobs(one: Comparison) -> str:
     if method_of(one.recipe).task is ProbeSeeds:
-        return "none, but a ledger of seeds" if one.request.blobs else ""
+        # Beside the ledger, the head that its weights start from.
+        if one.request.blobs and (set(one.request.blobs) != {"saved"} or not one.request.ledger):
+            return "none, but a ledger of seeds"
+        return head_fault(one, one.request.blobs.get("saved", {}), after=one.request.round)
     return next(blob_faults(one.request.blobs, one, ranks=None, pruned=False, roles=("global", "saved")), "")
 
 
@@ -415,6 +433,7 @@ FREE: Mapping[str, Rule] = {
     "ProbeSeeds.state": seed_state,
     "ProbeSeeds.levels": levels,
     "ProbeSeeds.calibrate": calibrate,
+    "ProbeSeeds.head": head,
     "DescendSeeds.largest_shift": largest_shift,
     "ProbeSeeds.curvatures": curvatures,
     "ScoreRequest.blobs": score_blobs,

@@ -165,6 +165,7 @@ def score_at_sites(
     blobs = {"global": pack(tuned.adapter)} if tuned.adapter else {}
     blobs |= {"saved": tuned.saved} if tuned.saved else {}
     seeds = tuned.seeds
+    blobs |= {"saved": seeds.head} if seeds and seeds.head else {}
     requests = {
         name: ScoreRequest(
             client=name,

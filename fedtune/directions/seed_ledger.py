@@ -223,6 +223,15 @@ def describe_tensor(name: str, tensor: Array) -> TensorEntry:
     return TensorEntry(name, dtype, tuple(tensor.shape), digest)
 
 
+def replace_tensors(manifest: Manifest, tensors: Tensors) -> Manifest:
+    """Return the manifest of a base in which some tensors are others, of the same names; unknown names are left out."""
+    entries = (
+        describe_tensor(entry.name, tensors[entry.name]) if entry.name in tensors else entry
+        for entry in manifest.entries
+    )
+    return Manifest(tuple(entries))
+
+
 def tensor_fault(name: str, tensor: Array) -> Fault | None:
     """Return why a tensor cannot be part of a base (its format, or a number that is not finite), None if it can."""
     if tensor.dtype not in DTYPES.values():

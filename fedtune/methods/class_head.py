@@ -32,6 +32,7 @@ from fedtune.messages import (
     Weight,
 )
 from fedtune.methods.change import Change
+from fedtune.methods.fedkseed_state import FedKSeedState, with_new_head
 from fedtune.methods.method import Method, accept, no_displacement, no_other_assignment
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
@@ -157,6 +158,8 @@ def as_floats(whole: Array) -> Array:
 
 def with_head(state: Any, head: Tensors) -> Any:
     """Return the state after the round: with the head in place of the former one, and nothing else moved."""
+    if isinstance(state, FedKSeedState):
+        return with_new_head(state, head)
     if hasattr(state, "inner"):
         return replace(state, inner=with_head(state.inner, head))
     return replace(state, saved={**state.saved, **head}, round=state.round + 1)

@@ -153,7 +153,7 @@ def task_of(state: FedKSeedState, planned: PlannedClient, probe: ProbeSeeds) -> 
         probe = replace(probe, calibrate=True, curvatures=True)
     descends = planned.verb in ("descend", "auto")
     # All measure in the first round where it settles the unit: as many as there are give the best median.
-    if not descends or not (state.calibrated or state.round):
+    if not descends or not (state.calibrated or state.trained):
         check_headroom(state, measured)
         return measured, probe
     bank, settings = state.bank, state.settings
@@ -194,6 +194,8 @@ def probe_with(state: FedKSeedState, form: SeedState) -> ProbeSeeds:
         calibrate=not state.calibrated,
         groups=settings.groups,
         earlier=tuple(keys[:-1]),
+        # With a state that builds on earlier ones a client knows it already.
+        head={} if form.since else state.head,
     )
 
 
@@ -377,7 +379,7 @@ def no_adapter(state: FedKSeedState) -> Adapter:
 
 
 def seeds(state: FedKSeedState) -> SeedModel:
-    return SeedModel(state.settled, state.manifest, state.trainable)
+    return SeedModel(state.settled, state.moved_base, state.trainable, state.head)
 
 
 def figures(state: FedKSeedState) -> Mapping[str, Any]:

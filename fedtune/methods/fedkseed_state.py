@@ -18,7 +18,7 @@ from fedtune.directions.consistency import block_checks, fastest_displacement
 from fedtune.directions.downlink import MAX_SHIFT
 from fedtune.directions.rebuild_numpy import EXPONENTS
 from fedtune.directions.sampling import paper_probabilities, repaired_probabilities
-from fedtune.directions.seed_ledger import Manifest, SeedLedger
+from fedtune.directions.seed_ledger import Manifest, SeedLedger, replace_tensors
 from fedtune.directions.space import directions, group_faults, plain_banks
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import OMIT_DEFAULT, BankName, Estimator, Sampling, SeedState, Verb, Weighting
@@ -181,6 +181,8 @@ class FedKSeedState:
     """What clients of the run may be asked to do; empty: to probe."""
     widest: int = field(default=0, metadata=OMIT_EMPTY)
     """Of clients that descend: the largest shift that half of a round's have stated, so far."""
+    head: Tensors = field(default_factory=dict, metadata=OMIT_EMPTY)
+    """The head that takes the place of the base's, by parameter name, float32; empty: the base's own."""
     grown: int = field(default=0, metadata=OMIT_EMPTY)
     """By how much a round in which clients descended has let sum |A| at a position grow at most, and at least 1."""
     chosen: Mapping[str, float] = field(default_factory=dict, metadata=OMIT_EMPTY)
@@ -190,6 +192,16 @@ class FedKSeedState:
     def saved(self) -> Tensors:
         """Nothing is averaged in full beside the seeds."""
         return {}
+
+    @cached_property
+    def moved_base(self) -> Manifest:
+        """The manifest of the weights that seeds move: of the base, with the head that the run has made."""
+        return replace_tensors(self.manifest, self.head) if self.head else self.manifest
+
+    @property
+    def trained(self) -> int:
+        """Rounds completed but for one that has made the head."""
+        return self.round - bool(self.head)
 
     @cached_property
     def sums(self) -> Array:
@@ -274,6 +286,12 @@ class FedKSeedState:
                 forms["log"] = b"".join(self.log[number].tobytes() for number in missed)
         form, data = downlink.shortest_form(forms)
         return SeedState(form, 0 if form == "whole" else since, data, self.round, self.digest)  # type: ignore[arg-type]
+
+
+def with_new_head(state: FedKSeedState, head: Tensors) -> FedKSeedState:
+    """Return the state after a round that has made a head: seeds then move the base with that head."""
+    after = replace(state, head=head, round=state.round + 1)
+    return replace(after, base=after.moved_base.digest.hex())
 
 
 def bank_key(seed: int, number: int) -> int:

@@ -54,6 +54,8 @@ class SeedModel:
     manifest: Manifest
     trainable: Sequence[int]
     """Ordinals of the tensors that are moved."""
+    head: Tensors = field(default_factory=dict)
+    """In the place of the base's own, by parameter name, where the run has made one."""
 
 
 @dataclass(frozen=True)

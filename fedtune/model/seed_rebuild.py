@@ -16,12 +16,14 @@ from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.directions.space import check_moved, stacked_factors
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.base import Base, to_torch
+from fedtune.model.base_head import with_head
 from fedtune.model.batches import Batch
 from fedtune.model.lora import with_layers
 from fedtune.model.lora_layer import FrozenParts
 from fedtune.model.loss import summed_loss
 from fedtune.model.quantised_layers import quantised_layers
 from fedtune.probing.steps import Move
+from fedtune.tensors import Tensors
 
 Trio = tuple[int, torch.Tensor, torch.Tensor]
 """Ordinal, the base's own weights, and the copy that replaces them."""
@@ -53,24 +55,36 @@ def working_copy(base: Base, trainable: Sequence[int]) -> Iterator[Sequence[Trio
 
 
 @contextmanager
-def with_rebuilt_weights(base: Base, ledger: SeedLedger, trainable: Sequence[int]) -> Iterator[None]:
-    """Give the base the weights w(A) of a ledger inside the block.
+def with_rebuilt_weights(
+    base: Base, ledger: SeedLedger, trainable: Sequence[int], head: Tensors | None = None
+) -> Iterator[None]:
+    """Give the base the weights w(A) of a ledger inside the block; with a head, those of the base with that head.
 
     Raises:
         ConfigError: if the ledger belongs to another base, or has numbers of its own for other tensors.
     """
-    # Accumulators are displacements from one base: over any other weights they are noise.
+    with with_head(base, head or {}) as own:
+        # Accumulators are displacements from one base: over any other weights they are noise.
+        check_manifest(own, ledger)
+        check_moved(ledger.bank, trainable)
+        coded = coded_ordinals(own, trainable) if ledger.bank.name == Kron.name else ()
+        plain = [ordinal for ordinal in trainable if ordinal not in coded]
+        with working_copy(own, plain) as trios, with_layers(own.model, {}, changes_beside(own, ledger, coded)):
+            with torch.no_grad():
+                rewriter(trios, bank=ledger.bank, exponent=ledger.exponent)(ledger.accumulators)
+            yield
+
+
+def check_manifest(base: Base, ledger: SeedLedger) -> None:
+    """Refuse a ledger of another base.
+
+    Raises:
+        ConfigError: with both digests.
+    """
     if ledger.manifest != base.manifest.digest:
         expected = f"the base whose manifest has the digest {ledger.manifest.hex()[:16]}"
         got, hint = base.manifest.digest.hex()[:16], "load the same model in the same revision, dtype and seed"
         raise ConfigError(Fault("model.base", expected, got, hint))
-    check_moved(ledger.bank, trainable)
-    coded = coded_ordinals(base, trainable) if ledger.bank.name == Kron.name else ()
-    plain = [ordinal for ordinal in trainable if ordinal not in coded]
-    with working_copy(base, plain) as trios, with_layers(base.model, {}, changes_beside(base, ledger, coded)):
-        with torch.no_grad():
-            rewriter(trios, bank=ledger.bank, exponent=ledger.exponent)(ledger.accumulators)
-        yield
 
 
 def coded_ordinals(base: Base, trainable: Sequence[int]) -> Sequence[int]:

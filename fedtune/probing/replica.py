@@ -14,8 +14,8 @@ from fedtune.directions.blocks import Groups
 from fedtune.directions.seed_ledger import SeedLedger
 from fedtune.directions.space import Grouped, plain_banks
 from fedtune.errors import ConfigError, WireError
-from fedtune.messages import SeedState
-from fedtune.tensors import Array
+from fedtune.messages import ProbeSeeds, SeedState
+from fedtune.tensors import Array, Tensors
 
 Key = tuple[str, int, Groups, tuple[int, ...], int, bytes]
 """Of a run: its kind of bank, K, its groups and the tensors that are some, the key of its first bank, the manifest."""
@@ -29,6 +29,16 @@ class Replicas:
 
     def __init__(self) -> None:
         self._rounds: dict[Key, dict[int, SeedLedger]] = {}
+        self._heads: dict[int, Tensors] = {}
+        """By key of a run's first bank."""
+
+    def head(self, probe: ProbeSeeds) -> Tensors:
+        """Return the head that takes the place of the base's in a run, as sent or stored; empty where there is none."""
+        run = (*probe.earlier, probe.key)[0]
+        # A state that builds on earlier ones comes without it; if another is stored the state's digest differs.
+        if not probe.state.since:
+            self._heads[run] = probe.head
+        return self._heads.get(run, {})
 
     def get(self, bank: DirectionBank, manifest: bytes, round: int) -> Array | None:
         """Return the accumulators after a round of a run, None if they are not stored; round 0 is all zeros.

@@ -139,11 +139,12 @@ def _export_seeds(
         moved = [seeds.manifest.entries[ordinal].name for ordinal in seeds.trainable]
         check_form(form, bound.method, [name for name in moved if name not in adapted])
         factors = store_seeds.kron_adapter(seeds, transposed=base.transposed)
-        return peft.write(target, factors, {}, peft_target(bound, base), origin)
+        # A head that the run has made is no change that a factor holds: it is written whole.
+        return peft.write(target, factors, seeds.head, peft_target(bound, base), origin)
     from fedtune.model import replay as rebuilding
 
     with new_folder(target) as folder:
-        weights = rebuilding.write(base, seeds.ledger, seeds.trainable, folder)
+        weights = rebuilding.write(base, seeds.ledger, seeds.trainable, folder, head=seeds.head)
         store_seeds.put(folder, seeds, {**origin, "weights": weights})
     watch(Note(f"rebuilt from {seeds.ledger.bank.size} integers; digest of the weights {weights}"))
     return target
@@ -248,9 +249,11 @@ def replay(
         expected = "the folder of a run's seeds, or the tensors that were moved: a kron ledger alone does not name them"
         raise ConfigError(Fault("ledger", expected, str(source), "give runs/NAME/seeds, or --trainable GLOB"))
     settings = model_settings(origin, str(base), source)
+    head = seeds.head if seeds else {}
     loaded = rebuilding.base_of(
         seed_ledger,
         settings,
+        head=head,
         seed=origin.get("seed", 0),
         labels=origin.get("labels", ()),
         in_full=origin.get("modules_to_save", ()),
@@ -266,11 +269,11 @@ def replay(
         expected = f"tensors below {len(loaded.manifest.entries)}, as many as the base has"
         raise ConfigError(Fault("ledger", expected, str(ordinals[-1]), "give the ledger of a run over this base"))
     if target is None:
-        weights = rebuilding.write(loaded, seed_ledger, ordinals, None)
+        weights = rebuilding.write(loaded, seed_ledger, ordinals, None, head=head)
     else:
         with new_folder(target) as folder:
-            weights = rebuilding.write(loaded, seed_ledger, ordinals, folder)
-    return ReplayResult(loaded.manifest.digest.hex(), seed_ledger.digest.hex(), weights, target)
+            weights = rebuilding.write(loaded, seed_ledger, ordinals, folder, head=head)
+    return ReplayResult(seed_ledger.manifest.hex(), seed_ledger.digest.hex(), weights, target)
 
 
 def stated_tensors(ledger: SeedLedger) -> tuple[int, ...]:

@@ -293,7 +293,7 @@ def score_pruned(experiment: Experiment, tuned: GlobalModel, structure: ModelStr
 
 def with_seeds(base: Base, seeds: SeedModel | None) -> AbstractContextManager[None]:
     """Give the base the weights rebuilt from seeds while the block runs."""
-    return with_rebuilt_weights(base, seeds.ledger, seeds.trainable) if seeds else nullcontext()
+    return with_rebuilt_weights(base, seeds.ledger, seeds.trainable, seeds.head) if seeds else nullcontext()
 
 
 def run_context(experiment: Experiment) -> RunContext:

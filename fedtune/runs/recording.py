@@ -14,7 +14,7 @@ from fedtune.config import Recipe
 from fedtune.config.recipe import method_of
 from fedtune.lora.dense import Summed, energy
 from fedtune.lora.lowrank import compress
-from fedtune.messages import VERBS, Assignment, Failure, Outcome, PlannedClient, ProbeResult, TrainLora
+from fedtune.messages import VERBS, Assignment, Failure, Outcome, PlannedClient, ProbeResult, SumClasses, TrainLora
 from fedtune.methods.method import GlobalModel
 from fedtune.planning.verbs import DESCENDING
 from fedtune.pruning.structure import ModelStructure
@@ -199,6 +199,8 @@ def client_record(finished: RoundResult, name: str) -> ClientRecord:
 
 def verb_of(planned: PlannedClient, order: Assignment, outcome: Outcome) -> Mapping[str, Any]:
     """Return the fields of a client that was asked, or meant, to descend: what it did, and why if that is another."""
+    if isinstance(order.task, SumClasses):
+        return {}
     asked, result = VERBS[type(order.task)], None if isinstance(outcome, Failure) else outcome.update.result
     if asked != "descend":
         # Without an order to descend only the round that measures the step of a scalar differs from the plan.

@@ -117,7 +117,12 @@ def provenance(context: RunContext, tuned: GlobalModel, records: Sequence[RoundR
         "round": last.round,
         "state_digest": last.state_digest,
         "base": {"name": context.base["name"], "digest": context.base["digest"]},
-        "model": {"task": recipe.model.task, "dtype": recipe.model.dtype, "revision": recipe.model.revision},
+        "model": {
+            "task": recipe.model.task,
+            "dtype": recipe.model.dtype,
+            "revision": recipe.model.revision,
+            **({"pooling": recipe.model.pooling} if recipe.model.pooling != "auto" else {}),
+        },
         # Chat puts questions as the rows were; most runs are of instructions.
         **({"form": "text"} if context.form == "text" and recipe.model.task == "causal" else {}),
         "labels": list(context.labels),

@@ -59,6 +59,7 @@ def digest(tuned: GlobalModel) -> str:
 def same(ours: GlobalModel, theirs: GlobalModel) -> bool:
     """Return whether two global models are equal: the same numbers, moving the same tensors."""
     moved = [None if tuned.seeds is None else list(tuned.seeds.trainable) for tuned in (ours, theirs)]
+    # The ledger's digest covers the head too, by that of the manifest.
     return digest(ours) == digest(theirs) and moved[0] == moved[1]
 
 

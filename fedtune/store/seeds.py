@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
 from fedtune.directions import seed_ledger
-from fedtune.directions.seed_ledger import decode_manifest
+from fedtune.directions.seed_ledger import decode_manifest, replace_tensors
 from fedtune.directions.space import check_moved, stacked_factors
 from fedtune.errors import ConfigError, StoreError, WireError
 from fedtune.lora.adapter import Adapter, Factors
@@ -15,7 +19,8 @@ from fedtune.methods.method import SeedModel
 from fedtune.store import manifest as manifests
 from fedtune.store.files import fill, new_folder, store_errors
 
-LEDGER, MANIFEST = "ledger.ftks", "manifest.ftkm"
+LEDGER, MANIFEST, HEAD = "ledger.ftks", "manifest.ftkm", "head.safetensors"
+"""The last of them only where the run has made a classifier's head, from which the ledger's weights start."""
 
 
 def write(path: Path, seeds: SeedModel, provenance: Mapping[str, Any]) -> Path:
@@ -26,10 +31,12 @@ def write(path: Path, seeds: SeedModel, provenance: Mapping[str, Any]) -> Path:
 
 
 def put(folder: Path, seeds: SeedModel, provenance: Mapping[str, Any]) -> None:
-    """Write the three files into a folder of `files.new_folder`, the manifest of all that is in it last."""
+    """Write its files into a folder of `files.new_folder`, the manifest of all that is in it last."""
     names = [seeds.manifest.entries[ordinal].name for ordinal in seeds.trainable]
     fill(folder / LEDGER, seeds.ledger.encode())
     fill(folder / MANIFEST, seeds.manifest.encode())
+    if seeds.head:
+        fill(folder / HEAD, save({name: np.ascontiguousarray(array) for name, array in seeds.head.items()}))
     manifests.write(folder, {**provenance, "trainable": names})
 
 
@@ -51,9 +58,15 @@ def read(path: Path) -> tuple[SeedModel, Mapping[str, Any]]:
         check_moved(ledger.bank, ordinals)
     except (WireError, ConfigError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path}: expected whole files of one run; {error}; put back a copy") from error
+    try:
+        head = load(opened.read(HEAD)) if (path / HEAD).is_file() else {}
+        if replace_tensors(manifest, head) != manifest:
+            raise ValueError("the head is none of the manifest's")
+    except (SafetensorError, ValueError, KeyError, StopIteration) as error:
+        raise StoreError(f"{path}: expected whole files of one run; {HEAD}: {error}; put back a copy") from error
     if ledger.manifest != manifest.digest:
         raise StoreError(f"{path}: expected the manifest that the ledger names; got another; put back a copy")
-    return SeedModel(ledger, manifest, ordinals), provenance
+    return SeedModel(ledger, manifest, ordinals, head), provenance
 
 
 def kron_adapter(change: SeedModel, *, transposed: bool) -> Adapter:

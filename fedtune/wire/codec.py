@@ -65,13 +65,15 @@ PLAN_CHOICES: Mapping[str, Mapping[str, int]] = {
 COMMON = frozenset(("verb", "method", "plan", "round", "base", "labels", "date"))
 FIELDS: Mapping[int, frozenset[str]] = {
     pb.ADAPT: COMMON | {"seed", "settings", "down", "local", "surgery"},
-    pb.PROBE: COMMON | {"seed", "probe"},
-    pb.DESCEND: COMMON | {"seed", "descend"},
+    pb.PROBE: COMMON | {"seed", "probe", "down"},
+    pb.DESCEND: COMMON | {"seed", "descend", "down"},
     pb.SCORE: COMMON | {"down", "score"},
     pb.SUM: COMMON | {"seed", "sum"},
 }
 """The fields of an assignment, by verb."""
 
+HEAD = "head"
+"""Role of the tensors that come with tasks of seeds."""
 OPTIONAL_PARTS = ("scores", "moments")
 """Of an update, in this order, and named as the fields of its result."""
 
@@ -176,9 +178,11 @@ def encode_assignment(assignment: Assignment, *, encode: Callable[[Tensors], Blo
             # Without the base: the digest of the state is taken over that of the base's manifest too.
             header.verb = pb.PROBE
             header.probe.CopyFrom(probe.to_message(task, plan.training))
+            blobs |= _write_head(header, task.head, encode)
         case DescendSeeds() as task:
             header.verb = pb.DESCEND
             header.descend.CopyFrom(descend.to_message(task, plan.training))
+            blobs |= _write_head(header, task.probe.head, encode)
         case SumClasses() as task:
             header.verb, header.base = pb.SUM, assignment.base
             header.sum.CopyFrom(class_sums.to_message(task, plan.training))
@@ -196,6 +200,24 @@ def encode_assignment(assignment: Assignment, *, encode: Callable[[Tensors], Blo
                 header.down.append(blob.header)
                 header.down[-1].role = role
     return EncodedAssignment(header.SerializeToString(), blobs)
+
+
+def _write_head(
+    header: pb.Assignment, head: Tensors, encode: Callable[[Tensors], Blob] = encode_blob
+) -> Mapping[str, bytes]:
+    """Write the head that takes the place of the base's, if there is one, and return its body by digest."""
+    if not head:
+        return {}
+    blob = encode(head)
+    header.down.append(blob.header)
+    header.down[-1].role = HEAD
+    return {blob.digest: blob.body}
+
+
+def _head_from(message: pb.Assignment, decode: Callable[[pb.Blob], Tensors]) -> Tensors:
+    roles = [blob.role for blob in message.down]
+    expect(roles in ([], [HEAD]), f"the role {HEAD}, once, or none", roles)
+    return decode(message.down[0]) if roles else {}
 
 
 def _write_task(header: pb.Assignment, task: TrainLora) -> None:
@@ -248,10 +270,12 @@ def _assignment_from(header: bytes, decode: Callable[[pb.Blob], Tensors]) -> Ass
     task: Task
     match message.verb:
         case pb.PROBE:
-            task, training = probe.from_message(message.probe)
+            measured, training = probe.from_message(message.probe)
+            task = replace(measured, head=_head_from(message, decode))
             plan = Plan(message.plan.client, rank=1, scale=1.0, training=training)
         case pb.DESCEND:
-            task, training = descend.from_message(message.descend)
+            moved, training = descend.from_message(message.descend)
+            task = replace(moved, probe=replace(moved.probe, head=_head_from(message, decode)))
             plan = Plan(message.plan.client, rank=1, scale=1.0, training=training)
         case pb.SUM:
             task, training = class_sums.from_message(message.sum)

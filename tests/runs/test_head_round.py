@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from transformers import AutoTokenizer
 
 from fedtune import api
@@ -20,14 +21,27 @@ from fedtune.client import perform as performing
 from fedtune.client import site
 from fedtune.config import bind, render
 from fedtune.config.consent import order_differences, permission_texts
-from fedtune.errors import ConfigError, RoundError
-from fedtune.messages import AdmittedUpdate, Assignment, Client, ClientUpdate, Failure, SumClasses, TrainLora
+from fedtune.errors import ConfigError, RoundError, StoreError
+from fedtune.messages import (
+    AdmittedUpdate,
+    Assignment,
+    Client,
+    ClientUpdate,
+    Failure,
+    ProbeSeeds,
+    SumClasses,
+    TrainLora,
+)
+from fedtune.methods.method import GlobalModel
 from fedtune.rounds.loop import RoundResult
+from fedtune.rounds.transport import Answer, Rule
+from fedtune.runs import export as exporting
 from fedtune.runs import local
 from fedtune.runs.local import Experiment, prepare, run_context
 from fedtune.runs.runner import run_rounds_of
 from fedtune.simulation.inprocess import InProcess
-from fedtune.wire.codec import decode_outline, encode_assignment
+from fedtune.store import seeds as stored_seeds
+from fedtune.wire.codec import EncodedAssignment, decode_assignment, decode_outline, encode_assignment
 from tests.config.test_consent import profiles
 from tests.model.families import CLASSIFIERS, build
 from tests.runs.conftest import read_lines, same_ends
@@ -61,6 +75,21 @@ def tables(base: Path, tmp_path: Path) -> Tables:
         "data": {"source": str(tmp_path / "rows.jsonl"), "split": {"kind": "iid", "clients": 3}, "held_out": 0.2},
         "evaluate": {"examples": 8, "clients": False},
     }
+
+
+METHODS: Mapping[str, Tables] = {
+    "fedit": {"name": "fedit"},
+    "hadamard": {"name": "fedkseed", "bank": "hadamard", "seeds": 64},
+    "kron": {"name": "fedkseed", "bank": "kron", "seeds": 64, "embeddings": True, "vectors": True},
+}
+
+
+def with_method(tables: Tables, method: str) -> Tables:
+    """The recipe with another method; seeds measure in their second round how large their step is."""
+    own = METHODS[method]
+    adapter = tables["adapter"] if own["name"] == "fedit" else {"head": "lda"}
+    rounds = {**tables["rounds"], "count": 3 if own["name"] == "fedit" else 4}
+    return {**tables, "adapter": adapter, "method": own, "rounds": rounds}
 
 
 def rounds(prepared: Experiment, engine: Engine) -> list[RoundResult]:
@@ -100,10 +129,76 @@ def test_the_first_round_asks_every_client_and_the_next_ones_train_from_the_head
         pytest.param(chosen("processes", 2), id="processes", marks=pytest.mark.slow),
     ],
 )
-def test_every_engine_comes_to_the_same_bits(engine: Engine, tables: Tables) -> None:
-    prepared = prepare(bind(tables))
+@pytest.mark.parametrize("method", ["fedit", "hadamard", pytest.param("kron", marks=pytest.mark.slow)])
+def test_every_engine_comes_to_the_same_bits(method: str, engine: Engine, tables: Tables) -> None:
+    prepared = prepare(bind(with_method(tables, method)))
     digests = [[result.digest for result in rounds(prepared, one)] for one in (chosen("inprocess", 1), engine)]
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("method", ["hadamard", pytest.param("kron", marks=pytest.mark.slow)])
+def test_seeds_move_the_base_with_its_new_head(method: str, tables: Tables, tmp_path: Path) -> None:
+    tables = with_method(tables, method)
+    run = api.simulate(tables, out=tmp_path / "run")
+    lines = read_lines(run.path)
+    assert lines[1]["test"]["loss"] < lines[0]["test"]["loss"]
+    assert lines[2]["test"] == lines[1]["test"]  # that round measures, and moves nothing
+    assert lines[3]["test"] != lines[2]["test"]
+    seeds, _ = stored_seeds.read(run.path / "seeds")
+    prepared = prepare(bind(tables))
+    assert seeds.ledger.manifest == seeds.manifest.digest != prepared.base.manifest.digest
+    assert sorted(seeds.head) == ["classifier.bias", "classifier.weight"]
+    # What is exported and what another machine rebuilds are the same weights, and score the same.
+    merged = exporting.export(run.path, form="merged")
+    weights = safetensors.numpy.load_file(merged / "model.safetensors")
+    assert not np.array_equal(weights["classifier.weight"], prepared.blueprint.saved["classifier.weight"])
+    again = exporting.replay(tables["model"]["base"], run.path / "seeds", out=tmp_path / "again")
+    rebuilt = safetensors.numpy.load_file(tmp_path / "again" / "model.safetensors")
+    assert all(np.array_equal(weights[name], rebuilt[name]) for name in weights)
+    assert again.base == seeds.manifest.digest.hex()
+    scored = prepare(bind({**tables, "model": {**tables["model"], "base": str(merged), "pooling": "auto"}}))
+    loss = local.score(scored, GlobalModel(), test=True, clients=False).test
+    assert loss is not None
+    assert loss["loss"] == pytest.approx(lines[-1]["test"]["loss"], rel=1e-5)
+    (run.path / "seeds" / "head.safetensors").write_bytes(b"torn")
+    with pytest.raises(StoreError):
+        stored_seeds.read(run.path / "seeds")
+
+
+def test_a_client_that_has_not_seen_the_head_gets_it_with_the_whole_state(tables: Tables) -> None:
+    prepared = prepare(bind(with_method({**tables, "rounds": {"count": 3}}, "hadamard")))
+    seen = dict[tuple[int, str], list[str]]()
+
+    class Watched(InProcess):
+        def exchange(self, assignments: Mapping[str, EncodedAssignment], rule: Rule) -> Iterator[Answer]:
+            for name, sent in assignments.items():
+                order = decode_assignment(sent.header, sent.blobs)
+                if isinstance(order.task, ProbeSeeds):
+                    kind = f"{order.task.state.form} {'with' if order.task.head else 'without'}"
+                    seen.setdefault((order.round, name), []).append(kind)
+            return super().exchange(assignments, rule)
+
+    def forget(name: str, order: Assignment) -> ClientUpdate:
+        """Answer as a client whose process has been started anew."""
+        shard = prepared.federation.clients[name]
+        return performing.perform(prepared.base, shard.train, order, threads=1, held_out=shard.held_out)
+
+    whole, honest = rounds(prepared, chosen("inprocess", 1)), local.in_process(prepared)
+    forgetful = {name: partial(forget, name) if name == "client-0" else work for name, work in honest.work.items()}
+    results = list(run_rounds_of(run_context(prepared), Watched(honest.fleet, forgetful)))
+    assert [result.digest for result in results] == [result.digest for result in whole]
+    assert all(kinds[0].endswith("with") for (number, _), kinds in seen.items() if number == 2)
+    later = {name: kinds for (number, name), kinds in seen.items() if number == 4}
+    assert later["client-1"] == ["changed without"]
+    assert later["client-0"] == ["changed without", later["client-0"][1]]
+    assert later["client-0"][1].endswith(" with")
+    assert performing_base_is_whole(prepared)
+
+
+def performing_base_is_whole(prepared: Experiment) -> bool:
+    """Whether the base still has its own head, which other runs on it start from."""
+    own = prepared.blueprint.saved["classifier.weight"]
+    return bool(np.array_equal(prepared.base.saved_tensors()["classifier.weight"], own))
 
 
 @pytest.mark.guarantee("G12")
@@ -127,6 +222,31 @@ def test_a_run_that_is_killed_in_the_heads_round_goes_on_to_the_same_bits(
     assert asked[:4] == ["1 client-0", "1 client-1", "1 client-1", "1 client-2"]
     assert same_ends(whole.path, killed)
     assert read_lines(killed)[1]["test"]["loss"] < read_lines(killed)[0]["test"]["loss"]
+
+
+def test_the_head_of_an_order_is_held_against_the_recipe(tables: Tables) -> None:
+    prepared = prepare(bind(with_method(tables, "hadamard")))
+    recipe, profile = prepared.recipe, profiles(prepared)["client-0"]
+    second = next(
+        order
+        for result in rounds(prepared, chosen("inprocess", 1))[1:]
+        for name, order in result.assignments.items()
+        if name == "client-0"
+    )
+    probe = second.probe
+    good = {name: np.zeros_like(array) for name, array in prepared.blueprint.saved.items()}
+
+    def vetoes(head: Mapping[str, Any]) -> str:
+        order = replace(second, task=replace(probe, head=head))
+        return "; ".join(map(str, order_differences(recipe, profile, decode_outline(encode_assignment(order).header))))
+
+    assert not vetoes(good)
+    assert "head" in vetoes({"classifier.weight": np.zeros((3, 3), np.float32)})
+    assert "head" in vetoes({"bert.embeddings.word_embeddings.weight": np.zeros((3, 3), np.float32)})
+    drawn = replace(recipe, adapter=replace(recipe.adapter, head="drawn"))
+    order = replace(second, task=replace(probe, head=good))
+    differing = order_differences(drawn, profile, decode_outline(encode_assignment(order).header))
+    assert "none, by adapter.head" in " ".join(map(str, differing))
 
 
 def test_no_order_of_the_run_is_vetoed_and_sums_in_another_round_are(tables: Tables) -> None:
