@@ -38,6 +38,7 @@ from fedtune.messages import (
     Assignment,
     Blueprint,
     ClientUpdate,
+    DescendSeeds,
     Failure,
     LoraResult,
     Plan,
@@ -115,6 +116,12 @@ def test_the_largest_reply_follows_from_the_task() -> None:
     assert max_update_bytes(encode_assignment(seeds).header, BLUEPRINT) == largest_update(
         ProbeSeeds, rank=1, scalar_bytes=7, blueprint=BLUEPRINT
     )
+    for bits, steps, most in ((8, None, 1000), (4, None, 500), (2, 10, 250), (2, 300, 300)):
+        measured = Training(batch=1, learning_rate=0.1, steps=steps) if steps else None
+        task = DescendSeeds(probe, 1000, 9, bits=bits, fallback=measured)  # type: ignore[arg-type]
+        assert max_update_bytes(encode_assignment(replace(seeds, task=task)).header, BLUEPRINT) == largest_update(
+            DescendSeeds, rank=1, scalar_bytes=most, blueprint=BLUEPRINT
+        )
 
 
 RECIPE = """

@@ -21,7 +21,7 @@ from fedtune.link.envelopes import (
 from fedtune.link.pki.roster import Party
 from fedtune.link.pki.signing import key_id, public_bytes, sign
 from fedtune.link.rejections import RejectionError
-from fedtune.messages import Assignment, Plan, ProbeSeeds, SeedState, Training, TrainLora
+from fedtune.messages import Assignment, DescendSeeds, Plan, ProbeSeeds, SeedState, Training, TrainLora
 from fedtune.wire.codec import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -160,6 +160,9 @@ def test_the_subject_of_a_probe_is_the_state_that_its_seeds_stand_for() -> None:
         assignment_subject(front, [make_part("", front)]),
     )
     assert whole == short == (2, "", b"d" * 32)  # whichever bodies bring it there; the state names its base
+    descending = Assignment("fedkseed", round=2, seed=0, plan=plan, task=DescendSeeds(probe, 4, 9), base="9f3c")
+    front = encode_assignment(descending).header
+    assert assignment_subject(front, [make_part("", front)]) == (2, "", b"d" * 32)
 
 
 def test_what_is_no_assignment_has_no_subject() -> None:

@@ -55,8 +55,14 @@ def limit_violations(policy: Policy, order: Assignment, num_examples: int) -> It
         # An update of few examples speaks of each: its gradient can be turned back into their texts.
         text = f"policy.min_examples: an update of at least {policy.min_examples} examples; got {examples}"
         yield pb.TOO_FEW_EXAMPLES, text
-    if isinstance(order.task, SeedTask) and order.probe.embeddings and not policy.allow_embeddings:
+    if policy.allow_embeddings or not isinstance(order.task, SeedTask):
+        return
+    if order.probe.embeddings:
         yield pb.EMBEDDINGS_NOT_ALLOWED, f"policy.allow_embeddings: false; {EMBEDDINGS}"
+    # A table of embeddings that has numbers to itself shows in them row by row; among all weights it drowns.
+    elif isinstance(order.task, DescendSeeds) and order.probe.groups == "tensor" and order.probe.bank != "kron":
+        why = f"by method.groups = 'tensor' an embedding has numbers of its own, and {EMBEDDINGS}"
+        yield pb.EMBEDDINGS_NOT_ALLOWED, f"policy.allow_embeddings: false; {why}"
 
 
 EMBEDDINGS = "the rows of an embedding that move are the tokens of this site's texts"

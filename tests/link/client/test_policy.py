@@ -16,7 +16,7 @@ from fedtune.link.client.policy import (
     read_demand,
 )
 from fedtune.link.settings import MIB, Policy, validate_policy
-from fedtune.messages import Assignment, Plan, ProbeSeeds, SeedState, Training, TrainLora
+from fedtune.messages import Assignment, DescendSeeds, Plan, ProbeSeeds, SeedState, Training, TrainLora
 from fedtune.wire.codec import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -132,6 +132,11 @@ def test_a_demand_is_what_the_assignment_says() -> None:
     assigned = Assignment("fedkseed", round=3, seed=0, plan=plan, task=probe)
     result = read_demand(header, encode_assignment(assigned).header)
     assert (result.method, result.rank, result.steps) == ("fedkseed", None, 7)
+    for steps, most in ((None, 7), (5, 7), (90, 90)):
+        fallback = Training(batch=1, learning_rate=0.1, steps=steps) if steps else None
+        descending = replace(assigned, task=DescendSeeds(probe, 4, 9, fallback=fallback))
+        # Whichever it will do: the policy's limit holds for both.
+        assert read_demand(header, encode_assignment(descending).header).steps == most
 
 
 def test_an_assignment_of_another_round_than_the_signed_one_is_refused() -> None:
