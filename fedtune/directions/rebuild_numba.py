@@ -20,7 +20,7 @@ from fedtune.directions.hadamard import SIGN_WORDS, Hadamard
 from fedtune.directions.kron import Kron
 from fedtune.directions.philox import INCREMENTS, MASK, MULTIPLIERS, ROUNDS, Purpose
 from fedtune.directions.rebuild_numpy import prepare_output, round_into, unit_scale
-from fedtune.directions.space import plain_banks, summands
+from fedtune.directions.space import Grouped, plain_banks, summands
 from fedtune.errors import ExtraError
 from fedtune.tensors import DTYPES, Array
 
@@ -89,6 +89,7 @@ def rewriter(
     """
     # The whole tensor in one compiled call where nothing has to be converted or shared among threads.
     unit, keys = unit_scale(bank, exponent), keys_of(plain_banks(bank))
+    by_tensor = isinstance(bank, Grouped) and bank.groups == "tensor"
     direct, others = [], []
     for ordinal, old, new in tensors:
         prepare_output(old, new)
@@ -101,8 +102,9 @@ def rewriter(
 
     def rewrite(accumulators: Array) -> None:
         sums = check_accumulators(bank, accumulators)
+        shared = None if by_tensor or not direct else rows_of(bank, sums, direct[0][-1])
         for run, old, new, ordinal in direct:
-            rows = stack_rows([rows for _, rows in summands(bank, sums, ordinal)])
+            rows = rows_of(bank, sums, ordinal) if shared is None else shared
             run(old, new, rows, keys, np.uint32(ordinal), np.uint32(0), unit)
         for number, old, new in others:
             rebuild(old, sums, bank=bank, ordinal=number, exponent=exponent, out=new, threads=threads)
@@ -155,7 +157,7 @@ def block_writer(
     dense = [part.vectors if isinstance(part, Kron) and len(shape) < 2 else part for part, _ in parts]
     if isinstance(dense[0], Hadamard | Gaussian):
         kind = Hadamard if isinstance(dense[0], Hadamard) else Gaussian
-        keys, rows = keys_of(dense), stack_rows([rows for _, rows in parts])
+        keys, rows = keys_of(dense), rows_of(bank, accumulators, ordinal)
 
         def write(blocks: range, old: Array, new: Array) -> None:
             block_loop(kind, bank.seeds, old.dtype.name)(
@@ -179,9 +181,9 @@ def keys_of(banks: Sequence[DirectionBank]) -> Array:
     return np.array([bank.key for bank in banks], np.uint64)
 
 
-def stack_rows(parts: Sequence[Array]) -> Array:
-    """Return the accumulators of each bank, (K,) or (groups, K), as compiled code takes them: (banks, groups, K)."""
-    return np.stack([np.atleast_2d(rows) for rows in parts])
+def rows_of(bank: DirectionBank, accumulators: Array, ordinal: int) -> Array:
+    """Return the accumulators of each bank for one tensor, as compiled code takes them: int32 (banks, groups, K)."""
+    return np.stack([np.atleast_2d(rows) for _, rows in summands(bank, accumulators, ordinal)])
 
 
 def as_bits(array: Array) -> Array:

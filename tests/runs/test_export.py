@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM
 
 import fedtune
 from fedtune import api
+from fedtune.directions import rebuild_torch
+from fedtune.directions.rebuild_numpy import rebuild
+from fedtune.directions.rebuild_torch import as_array
 from fedtune.directions.seed_ledger import Manifest, SeedLedger
-from fedtune.directions.space import directions
+from fedtune.directions.space import directions, plain_banks
 from fedtune.errors import ConfigError, StoreError, WireError
 from fedtune.methods.method import SeedModel
 from fedtune.model.base import manifest_of
@@ -153,6 +156,31 @@ def test_seeds_of_groups_are_exported_and_replayed_from_every_copy_to_the_bit(
     else:
         with pytest.raises(ConfigError, match="form: expected merged or ledger"):
             fedtune.export(run.path, form="peft")
+
+
+@pytest.mark.slow
+def test_a_run_of_both_verbs_over_redrawn_banks_is_replayed_to_the_bit_by_every_backend(
+    tables: Tables, tmp_path: Path, simulated: Simulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = kseed(tables, groups=4, redraw=4) | {
+        "rounds": {"count": 6},
+        "descend": {"steps": 2},
+        "override": [{"clients": ["client-1"], "verb": "descend"}],
+    }
+    run = simulated(changed, tmp_path / "run")
+    ledger = seeds.read(run.adapter)[0].ledger
+    assert [len(plain_banks(ledger.bank)), ledger.bank.size] == [2, 2 * 4 * 64]
+    assert all(sums.any() for sums in ledger.accumulators.reshape(2, -1))
+    compiled = fedtune.replay(base_of(run), run.adapter).weights
+    monkeypatch.setattr(rebuild_torch, "fastest", lambda device: rebuild_torch.rebuild)
+    assert fedtune.replay(base_of(run), run.adapter).weights == compiled
+    monkeypatch.setattr(rebuild_torch, "fastest", lambda device: rebuilt_by_numpy)
+    assert fedtune.replay(base_of(run), run.adapter).weights == compiled
+
+
+def rebuilt_by_numpy(tensor: torch.Tensor, sums: Any, *, out: torch.Tensor, **options: Any) -> None:
+    """Rebuild by the reference."""
+    rebuild(as_array(tensor.contiguous()), sums, out=as_array(out), **options)
 
 
 def test_redrawn_banks_are_replayed_from_a_folder_and_from_a_ledger_alone(
