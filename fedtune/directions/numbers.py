@@ -6,14 +6,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from fedtune.directions.space import MAX_ACCUMULATORS
 from fedtune.errors import WireError
 from fedtune.tensors import Array
 
 LARGEST_NUMBER: Mapping[int, int] = {8: 127, 4: 7, 2: 1}
 """By bits, the bound of a number's size: one less than the bits hold on one side, so that both signs reach equally far.
 """
-MAX_NUMBERS = 2**22
-"""Of one update."""
+MAX_NUMBERS = MAX_ACCUMULATORS
+"""Of one update: there are no more accumulators."""
 
 
 def pack(numbers: Array, bits: int) -> bytes:

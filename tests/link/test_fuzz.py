@@ -6,6 +6,7 @@ import resource
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from fedtune.wire.codec import encode_assignment, encode_update
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.harness import KEY, make_harness, signed_reply
 from tests.methods import test_fedkseed as seeds
+from tests.methods import test_fedkseed_descent as descents
 
 MUTATIONS = 10_000
 GROWTH_MIB = 64
@@ -319,6 +321,33 @@ def test_spoilt_replies_to_seeds_are_refused_and_the_sums_are_those_without_them
     assert len(outcomes) >= 4, outcomes
     assert states.digest(states.encode(state)) == before_all
     assert peak_mib() - before < GROWTH_MIB
+
+
+@pytest.mark.guarantee("G4")
+def test_spoilt_numbers_of_a_client_that_descends_are_refused_or_within_their_order() -> None:
+    state = descents.first(verbs=("descend",), seeds=64)
+    order = descents.asked(state, "carl", "descend")
+    around = replace(
+        round_request({name: order for name in ("carl",)}),
+        enrolled={"carl": 10},
+        refuse=partial(METHODS["fedkseed"].refuse, state),
+        bound=Bounds(METHODS["fedkseed"], state, BLUEPRINT).bound,
+    )
+    numbers = np.arange(64) * 37 % 255 - 127
+    good = descents.descended(state, "carl", numbers.tolist(), 3).update
+    assert isinstance(decode_and_admit(Reply("carl", encode_update(good)), around), AdmittedUpdate)
+    outcomes, most = Counter[str](), 127 << order.descend.largest_shift
+    for result in mutations(encode_update(good), "numbers", 400):
+        outcome = decode_and_admit(Reply("carl", result), around)
+        if isinstance(outcome, Failure):
+            assert outcome.kind == "refused"
+            assert outcome.code in pb.Reason.keys()  # noqa: SIM118
+            outcomes[outcome.code] += 1
+        elif not needs_whole_state(outcome):
+            after = METHODS["fedkseed"].aggregate(state, [outcome])
+            assert np.abs(after.sums.astype(np.int64)).max() <= most
+            outcomes["numbers"] += 1
+    assert len(outcomes) >= 4, outcomes
 
 
 Change = tuple[str, Callable[[ClientUpdate, np.random.Generator], ClientUpdate]]

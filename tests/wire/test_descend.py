@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedtune.directions.numbers import MAX_NUMBERS
 from fedtune.errors import WireError
 from fedtune.messages import (
     Assignment,
@@ -56,7 +57,7 @@ def plain(update: ClientUpdate) -> object:
 @settings(deadline=None, max_examples=50)
 @given(
     asked=probes(),
-    count=st.integers(1, 2**22),
+    count=st.integers(1, MAX_NUMBERS),
     largest_shift=st.integers(0, 24),
     bits=st.sampled_from(get_args(ScalarBits)),
     fallback=st.sampled_from([None, FALLBACK]),
@@ -81,8 +82,8 @@ LIES: dict[str, tuple[Callable[[Any], object], str]] = {
     "no batch": (lambda d: d.ClearField("batch"), "batch from 1"),
     "no rate": (lambda d: d.ClearField("learning_rate"), "a learning rate above 0"),
     "NaN rate": (lambda d: setattr(d, "learning_rate", math.nan), "a learning rate above 0"),
-    "no numbers": (lambda d: d.ClearField("count"), "count from 1 to 4194304; got 0"),
-    "many numbers": (lambda d: setattr(d, "count", 2**22 + 1), "count from 1 to 4194304"),
+    "no numbers": (lambda d: d.ClearField("count"), "count from 1 to 1048576; got 0"),
+    "many numbers": (lambda d: setattr(d, "count", MAX_NUMBERS + 1), "count from 1 to 1048576"),
     "no bits": (lambda d: d.ClearField("bits"), "8, 4 or 2 bits; got 0"),
     "three bits": (lambda d: setattr(d, "bits", 3), "8, 4 or 2 bits; got 3"),
     "shift": (lambda d: setattr(d, "largest_shift", 25), "largest_shift from 0 to 24; got 25"),
