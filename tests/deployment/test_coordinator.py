@@ -45,6 +45,7 @@ from fedtune.messages import (
     ProbeSeeds,
     Pruning,
     SeedState,
+    SumClasses,
     Traffic,
     Training,
     TrainLora,
@@ -122,6 +123,10 @@ def test_the_largest_reply_follows_from_the_task() -> None:
         assert max_update_bytes(encode_assignment(replace(seeds, task=task)).header, BLUEPRINT) == largest_update(
             DescendSeeds, rank=1, scalar_bytes=most, blueprint=BLUEPRINT
         )
+    head = {"head.weight": np.zeros((3, 5), np.float32), "head.bias": np.zeros(3, np.float32)}
+    sums = Assignment("fedit", round=1, seed=0, plan=plan, task=SumClasses(11))
+    classifier = replace(BLUEPRINT, saved=head, classes=3)
+    assert max_update_bytes(encode_assignment(sums).header, classifier) == 10 * (3 * 5 + 3 + 5) + 1024
 
 
 RECIPE = """

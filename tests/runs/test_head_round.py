@@ -42,7 +42,9 @@ from fedtune.runs.runner import run_rounds_of
 from fedtune.simulation.inprocess import InProcess
 from fedtune.store import seeds as stored_seeds
 from fedtune.wire.codec import EncodedAssignment, decode_assignment, decode_outline, encode_assignment
+from tests.cli.test_flower_server import toml
 from tests.config.test_consent import profiles
+from tests.link.federation import federation
 from tests.model.families import CLASSIFIERS, build
 from tests.runs.conftest import read_lines, same_ends
 from tests.test_engines import Engine, chosen, in_memory_grid
@@ -328,6 +330,31 @@ def test_a_recipe_without_a_head_keeps_its_text(tables: Tables) -> None:
     adapter = {key: value for key, value in tables["adapter"].items() if key != "head"}
     assert "head" not in render(bind({**tables, "adapter": adapter})).partition("[adapter]")[2].partition("[")[0]
     assert 'head = "lda"' in render(bind(tables))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fedit", "hadamard"])
+def test_sites_over_grpc_come_to_the_state_of_the_simulated_run(method: str, tables: Tables, tmp_path: Path) -> None:
+    tables, names = with_method(tables, method), ("0", "1")
+    source = Path(tables["data"]["source"])
+    lines = source.read_text().splitlines()
+    # By pairs, so that each site has both classes.
+    rows = [json.loads(line) | {"site": str(number // 2 % 2)} for number, line in enumerate(lines)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {**tables["data"], "split": {"kind": "key", "by": "site", "clients": 2}, "labels": ["bad", "good"]}
+    rounds = {"count": tables["rounds"]["count"], "min_clients": 2}
+    tables = {**tables, "data": data, "rounds": rounds, "evaluate": {"examples": 2}}
+    text = toml(tables)
+    own = toml({"model": tables["model"], "adapter": {"targets": ["query"]}, "data": data})
+    with federation(tmp_path, text, names, site=dict.fromkeys(names, own)) as fed:
+        fed.serve()
+        for name in names:
+            fed.join(name)
+        simulated = api.simulate(bind(text), out=tmp_path / "simulated")
+        assert fed.exit_statuses("server", *names) == [0] * 3, fed.log("server")
+        summary = json.loads((fed.run / "summary.json").read_text())
+        assert summary["state_digest"] == simulated.summary["state_digest"]
+        assert summary["after"]["held_out"] == simulated.summary["after"]["held_out"]
 
 
 def test_a_site_hears_of_the_sums_by_its_own_policy(tables: Tables) -> None:

@@ -16,7 +16,7 @@ from fedtune.link.client.policy import (
     read_demand,
 )
 from fedtune.link.settings import MIB, Policy, validate_policy
-from fedtune.messages import Assignment, DescendSeeds, Plan, ProbeSeeds, SeedState, Training, TrainLora
+from fedtune.messages import Assignment, DescendSeeds, Plan, ProbeSeeds, SeedState, SumClasses, Training, TrainLora
 from fedtune.wire.codec import encode_assignment
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -137,6 +137,9 @@ def test_a_demand_is_what_the_assignment_says() -> None:
         descending = replace(assigned, task=DescendSeeds(probe, 4, 9, fallback=fallback))
         # Whichever it will do: the policy's limit holds for both.
         assert read_demand(header, encode_assignment(descending).header).steps == most
+    sums = Assignment("fedit", round=3, seed=0, plan=plan, task=SumClasses(11), base="9f")
+    result = read_demand(header, encode_assignment(sums).header)
+    assert (result.method, result.rank, result.steps, result.cohort) == ("fedit", None, 0, 5)
 
 
 def test_an_assignment_of_another_round_than_the_signed_one_is_refused() -> None:
