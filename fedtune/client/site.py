@@ -79,6 +79,12 @@ class Site:
     shared: SharedWork | None = None
     """The processes beside this one that its training is divided among."""
 
+    @property
+    def max_bytes(self) -> int | None:
+        """The main memory that the process may take in all; None where the site's policy has no limit."""
+        limit = self.policy.max_memory_gib
+        return None if limit is None else int(limit * 2**30)
+
     def with_labels(self, labels: Sequence[str], date: str = "") -> Site:
         """Return the client with the class names, and the day, that all clients of a run use; empty: its own."""
         same_labels = not labels or tuple(labels) == tuple(self.labels)
@@ -139,6 +145,7 @@ class Site:
             replicas=site.replicas,
             held_out=site.held_out,
             on_step=self.on_step,
+            max_bytes=site.max_bytes,
         )
         shared = site.shared
         update = shared.perform(assignment, lambda s: work(shares=s), threads=site.threads) if shared else work()
