@@ -42,6 +42,12 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "method": {"name": "fedkseed", "seeds": 64},
         "client": {"steps": 4, "batch": 2, "learning_rate": 2e-4},
     },
+    # Some clients descend and one probes; the first round measures.
+    "fedkseed both": {
+        "method": {"name": "fedkseed", "seeds": 64, "verb": "auto", "groups": 2},
+        "client": {"steps": 4, "batch": 2, "learning_rate": 2e-4},
+        "descend": {"steps": 2},
+    },
 }
 
 
@@ -64,7 +70,12 @@ def dolly(shared: Path, stories: Path, method: str) -> dict[str, Any]:
 
 
 def ranks(method: str, names: Sequence[str] = CLIENTS) -> str:
-    """Return overrides that give every client a rank of its own, and to every other one the upper blocks alone."""
+    """Return overrides that give every client a rank of its own, and to every other one the upper blocks alone.
+
+    Where some descend along seeds, one of them probes.
+    """
+    if method == "fedkseed both":
+        return f'\n[[override]]\nclients = ["{names[1]}"]\nverb = "probe"\n'
     if method != "flora":
         return ""
     upper = "top = 0.4\ndown_rank = 2\n"
@@ -106,13 +117,13 @@ def test_sites_over_grpc_come_to_the_state_of_the_simulated_run(
             assert {one["verdict"] for one in events} == {"ACCEPTED", "NOTED"}
             assert not fed.events(name, "refused")
             (given,) = fed.events(name, "result")
-            for file in (fed.run / "adapter").glob("adapter_*") if method != "fedkseed" else ():
+            for file in (fed.run / "adapter").glob("adapter_*") if not method.startswith("fedkseed") else ():
                 assert (Path(given["path"]) / file.name).read_bytes() == file.read_bytes()
             assert "unverified" not in given
             verified = verify_folder(Path(given["path"]), load_roster(fed.places[name] / "roster", None)[0])
             check_journal(fed.run, verified.predicate["training"])
             assert "clients" not in verified.predicate
-        folder = "seeds" if method == "fedkseed" else "adapter"
+        folder = "seeds" if method.startswith("fedkseed") else "adapter"
         roster = load_roster(fed.places["server"] / "roster", None)[0]
         assert verify_folder(fed.run / folder, roster).predicate["training"]["run"] == api.status(fed.run).run
         checked = api.verify(fed.run)

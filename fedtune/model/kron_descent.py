@@ -6,7 +6,7 @@ codes: d loss / d M is p times p numbers, which autograd adds up over the layers
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 
@@ -14,11 +14,19 @@ import torch
 
 from fedtune.directions.rebuild_torch import rewriter
 from fedtune.directions.seed_ledger import SeedLedger
-from fedtune.directions.space import Grouped
+from fedtune.directions.space import group_of
 from fedtune.model.base import Base
 from fedtune.model.batches import Batch
 from fedtune.model.descend import Slopes, backward, requiring_gradients, root_mean_square, trained_parameters
-from fedtune.model.kron_forward import Holder, Path, add_product, holders_of, squares, with_paths
+from fedtune.model.kron_forward import (
+    Holder,
+    Path,
+    add_product,
+    has_own_numbers,
+    holders_of,
+    squares,
+    with_paths,
+)
 from fedtune.model.seed_rebuild import Trio, mean_loss, working_copy
 from fedtune.tensors import Array
 
@@ -49,9 +57,9 @@ class KronSlope:
         self._matrices = sorted({holder.ordinal for holder in holders})
         self._parameters = trained_parameters(base, trios)
         self._rewrite = rewriter(trios, bank=ledger.bank, exponent=ledger.exponent)
-        self._blocks = dict[int, Sequence[torch.Tensor]]()
+        self._blocks: Mapping[int, Sequence[torch.Tensor]] = {}
         """By matrix: M of every bank, oldest first."""
-        self._leaves = dict[int, torch.Tensor]()
+        self._leaves: Mapping[int, torch.Tensor] = {}
         """By group: M of the newest bank."""
         first = {holder.ordinal: holder for holder in holders}  # a tied tensor counts once
         self.rms = root_mean_square(
@@ -71,13 +79,12 @@ class KronSlope:
     def move(self, accumulators: Array) -> None:
         """Give the base the weights w(A)."""
         bank = self._ledger.bank
-        apart = bank.tensors if isinstance(bank, Grouped) and bank.groups == "tensor" else ()
-        self._leaves.clear()
-        for ordinal in self._matrices:
-            *earlier, newest = (each.to(self._base.device) for each in squares(bank, accumulators, ordinal))
-            # One leaf for all matrices that share their numbers: its gradient is then the sum over them.
-            leaf = self._leaves.setdefault(apart.index(ordinal) if apart else 0, newest.requires_grad_(True))
-            self._blocks[ordinal] = (*earlier, leaf)
+        self._blocks = squares(bank, accumulators, self._matrices, self._base.device)
+        # One leaf for all matrices that share their numbers: its gradient is then the sum over them.
+        self._leaves = {
+            group_of(bank, ordinal) if has_own_numbers(bank) else 0: own[-1].requires_grad_(True)
+            for ordinal, own in self._blocks.items()
+        }
         with torch.no_grad():
             self._rewrite(accumulators)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from fedtune.directions.bank import DirectionBank, perturb
 from fedtune.directions.kron import Kron
 from fedtune.directions.rebuild_torch import rewriter
 from fedtune.directions.seed_ledger import SeedLedger
-from fedtune.directions.space import plain_banks, summands
+from fedtune.directions.space import Grouped, plain_banks, summands
 from fedtune.errors import ClientError, ConfigError, Fault, type_of
 from fedtune.model.base import Base
 from fedtune.model.batches import Batch
@@ -139,8 +139,9 @@ class Injected:
         return add_product(output, h, path)
 
     def _make_squares(self) -> Mapping[int, torch.Tensor]:
-        blocks = {ordinal: squares(self._bank, self._sums, ordinal) for ordinal in self._matrices}
-        return {ordinal: torch.block_diag(*own).to(self._base.device) for ordinal, own in blocks.items()}
+        blocks = squares(self._bank, self._sums, self._matrices, self._base.device)
+        whole = {id(own): torch.block_diag(*own) for own in blocks.values()}
+        return {ordinal: whole[id(own)] for ordinal, own in blocks.items()}
 
     def _moved_vectors(self, seed: int, amount: int) -> Mapping[int, torch.Tensor]:
         own = {vector.ordinal: getattr(vector.module, vector.name).data for vector in self._vectors}
@@ -152,11 +153,24 @@ class Injected:
         return copies
 
 
-def squares(bank: DirectionBank, accumulators: Array, ordinal: int) -> Sequence[torch.Tensor]:
-    """Return M of a matrix for each bank, oldest first: float32 (p, p)."""
-    parts = summands(bank, accumulators, ordinal)
-    side = isqrt(bank.seeds)
-    return [torch.from_numpy(sums.reshape(side, side).astype(np.float32)) for _, sums in parts]
+def squares(
+    bank: DirectionBank, accumulators: Array, ordinals: Sequence[int], device: torch.device
+) -> Mapping[int, Sequence[torch.Tensor]]:
+    """Return M of each matrix for each bank, oldest first: float32 (p, p); one sequence where matrices share them."""
+    side, apart = isqrt(bank.seeds), has_own_numbers(bank)
+    blocks = dict[int, Sequence[torch.Tensor]]()
+    for ordinal in ordinals:
+        if blocks and not apart:
+            blocks[ordinal] = next(iter(blocks.values()))
+            continue
+        parts = [sums.reshape(side, side).astype(np.float32) for _, sums in summands(bank, accumulators, ordinal)]
+        blocks[ordinal] = [torch.from_numpy(part).to(device) for part in parts]
+    return blocks
+
+
+def has_own_numbers(bank: DirectionBank) -> TypeGuard[Grouped]:
+    """Return whether every tensor has numbers of its own."""
+    return isinstance(bank, Grouped) and bank.groups == "tensor"
 
 
 def add_product(output: torch.Tensor, h: torch.Tensor, path: Path) -> torch.Tensor:

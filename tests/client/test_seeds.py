@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedtune.client.batched import Batched, Resident, why_alone
 from fedtune.client.perform import perform
 from fedtune.data.encode import Example
 from fedtune.directions.downlink import encode_changed, encode_whole
@@ -160,6 +161,31 @@ def test_a_quantised_base_descends_with_kron_and_is_refused_with_another_bank(
     assert update.measured.loss_after < update.measured.loss_before
     with pytest.raises(ConfigError, match=r"method\.bank: expected 'kron' over a quantised base"):
         work(coded, rows, order(whole)[1])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_base_of_sixteen_bits_descends(dtype: str, loaded: Any, rows: list[Example]) -> None:
+    base = loaded("gpt2", targets=["all-linear"], dtype=dtype)
+    update = work(base, rows, order(base, groups=2)[1])
+    assert update.measured.loss_before is not None
+    assert update.measured.loss_after is not None
+    assert update.measured.loss_after < update.measured.loss_before
+    assert digest(base.model) == base.digest
+
+
+@pytest.mark.parametrize("bank", ["hadamard", "kron"])
+def test_a_classifier_descends(bank: str, loaded: Any, examples: Any) -> None:
+    base = loaded("bert", targets=["all-linear"], task="classification", labels=["a", "b", "c"])
+    update = work(base, examples(6, classes=3), order(base, bank=bank, groups=1)[1])
+    assert update.measured.loss_before is not None
+    assert update.measured.loss_after is not None
+    assert update.measured.loss_after < update.measured.loss_before
+
+
+def test_clients_that_descend_are_not_batched_with_others(base: Base, rows: list[Example]) -> None:
+    asked = order(base)[1]
+    assert why_alone(base, Resident(rows, (), 1), asked) == "it is no training of an adapter"
+    assert Batched(base, {"ann": Resident(rows, (), 1)})([asked]) == {}
 
 
 def too_little(monkeypatch: pytest.MonkeyPatch, *, at: str) -> None:

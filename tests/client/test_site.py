@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,13 @@ def test_an_update_of_fewer_examples_than_the_policy_says_is_never_made(tmp_path
     found = site.from_file(str(path))
     with pytest.raises(ClientError, match=r"policy\.min_examples: an update of at least 5 examples; got 4"):
         found.perform(Assignment("flora", 1, 0, plan, TrainLora(a_key=0), base=found.base.digest))
+
+
+def test_the_policy_says_how_much_memory_the_process_may_take(tmp_path: Path, tables: dict[str, Any]) -> None:
+    (path,) = site_files(tmp_path, tables, ("client-1",))
+    found = site.from_file(str(path))
+    assert found.max_bytes is None
+    assert replace(found, policy=replace(found.policy, max_memory_gib=1.5)).max_bytes == 3 * 2**29
 
 
 @pytest.mark.parametrize(("processes", "devices"), [(1, None), (2, ["cpu", "cpu"])])
