@@ -2,12 +2,15 @@
 
     python benchmarks/kseed.py rebuild --parameters 2e8
     python benchmarks/kseed.py step
+    python benchmarks/kseed.py pair --parameters 1.35e8
 
 Prints one JSON line per case, on one core. Times of a rebuild are the best of several, scaled to 10^9 parameters; a
 slow way is measured on a slice, whose size is in its line. The published loop draws one normal tensor per seed and
 adds it. A step is measured on a Llama of 25 million random weights: two forward passes of the same batch are the floor
 (processor time, which a busy machine changes least), and the published step perturbs all weights in place three times,
-with a draw each, and a fourth time to update them.
+with a draw each, and a fourth time to update them. A pair, on the same model or, above 10^8
+parameters, one of SmolLM2-135M's shapes, is a step in both ways that fedtune has, with displacements in memory and by
+rebuilds, and two plain forward passes, in turn.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -31,11 +35,12 @@ from fedtune.directions.hadamard import Hadamard
 from fedtune.directions.kron import Kron
 from fedtune.directions.rebuild_numpy import rebuild
 from fedtune.directions.seed_ledger import SeedLedger
+from fedtune.directions.space import directions
 from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.model.base import Base
 from fedtune.model.batches import Batch, collate
 from fedtune.model.probe import at_position
-from fedtune.model.seed_rebuild import mean_loss
+from fedtune.model.seed_rebuild import DisplacedPosition, RebuiltPosition, mean_loss, working_copy
 from fedtune.model.targets import find_targets
 from fedtune.model.torch_seed import torch_seed
 from fedtune.probing.measure import Position
@@ -117,6 +122,59 @@ def measure_steps(parameters: int, repeat: int) -> None:
             report_step("published, in place", count, tokens, seconds, min(floor, best(forwards, repeat)))
 
 
+def measure_pairs(parameters: int, repeat: int) -> None:
+    """Measure the step of dense banks with displacements in memory and by rebuilds, beside two forward passes."""
+    base = llama(SMOLLM2 if parameters > 1e8 else SMALL)
+    count = sum(parameter.numel() for parameter in base.model.parameters())
+    ordinals = trainable_ordinals(base.manifest, TensorSelection("hadamard"), base.matrices)
+    several = directions("hadamard", 4096, [KEY + n for n in range(3)], 4)
+    banks: Mapping[str, DirectionBank] = {
+        "hadamard 4096": Hadamard(4096, KEY),
+        "hadamard 1024": Hadamard(1024, KEY),
+        "hadamard 4096, 3 banks of 4 groups": several,
+    }
+    for tokens, (label, bank) in product((32, 128), banks.items()):
+        batch = collate([example(tokens)], base)
+        ledger = SeedLedger(bank, EXPONENT, 1, base.manifest.digest, accumulators(bank))
+        times: dict[str, list[float]] = {"forwards": [], "stored": [], "rebuilt": []}
+
+        def forwards(batch: Batch = batch) -> None:
+            mean_loss(base, batch)
+            mean_loss(base, batch)
+
+        with torch.inference_mode(), working_copy(base, ordinals) as trios:
+            stored, rebuilt = DisplacedPosition(base, ledger, trios), RebuiltPosition(base, ledger, trios)
+            calls: Mapping[str, Callable[[], Any]] = {
+                "forwards": forwards,
+                "stored": partial(step, stored, batch),
+                "rebuilt": partial(step, rebuilt, batch),
+            }
+            for call in calls.values():
+                call()
+            for _ in range(max(5, repeat)):
+                for way, call in calls.items():
+                    began = time.process_time()
+                    call()
+                    times[way].append(time.process_time() - began)
+        ratios = {
+            "step_over_two_forwards": quotients(times["stored"], times["forwards"]),
+            "rebuilt_step_over_two_forwards": quotients(times["rebuilt"], times["forwards"]),
+            "times_faster": quotients(times["rebuilt"], times["stored"]),
+            "times_faster_without_the_forwards": quotients(
+                np.subtract(times["rebuilt"], times["forwards"]), np.subtract(times["stored"], times["forwards"])
+            ),
+        }
+        for name, values in ratios.items():
+            low, middle, high = np.quantile(values, (0, 0.5, 1)).tolist()
+            report("pair", bank=label, parameters=count, tokens=tokens, ratio=name, median=middle, low=low, high=high)
+
+
+def quotients(above: Sequence[float] | Array, below: Sequence[float] | Array) -> Array:
+    """Return the quotients of times that were measured one after the other."""
+    result: Array = np.asarray(above) / np.asarray(below)
+    return result
+
+
 def step(position: Position[Batch], batch: Batch) -> None:
     """Measure both sides of a seed, and move along it."""
     position.losses(batch, [(5, -AMOUNT), (5, AMOUNT)])
@@ -161,18 +219,27 @@ def best(call: Callable[[], Any], repeat: int) -> float:
     return min(times)
 
 
-def llama() -> Base:
-    """Return a Llama of about 25 million weights, drawn at random, as a base without a tokenizer."""
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        vocab_size=8192,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-    )
+SMALL: Mapping[str, int] = {
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "vocab_size": 8192,
+}
+SMOLLM2: Mapping[str, int] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+}
+"""Shapes of Llamas: of 23 million weights, and those of SmolLM2-135M."""
+
+
+def llama(shapes: Mapping[str, int] = SMALL) -> Base:
+    """Return a Llama whose weights are drawn at random, as a base without a tokenizer."""
+    config = LlamaConfig(**shapes, max_position_embeddings=512, pad_token_id=0, tie_word_embeddings=True)
     with torch_seed(KEY, torch.device("cpu")):
         model = LlamaForCausalLM(config).requires_grad_(False).eval()
     return Base(
@@ -258,7 +325,11 @@ def report(case: str, **numbers: Any) -> None:
     print(json.dumps({"case": case, **rounded}), flush=True)
 
 
-PARTS: Mapping[str, Callable[[int, int], None]] = {"rebuild": measure_rebuilds, "step": measure_steps}
+PARTS: Mapping[str, Callable[[int, int], None]] = {
+    "rebuild": measure_rebuilds,
+    "step": measure_steps,
+    "pair": measure_pairs,
+}
 
 
 if __name__ == "__main__":

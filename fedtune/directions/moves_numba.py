@@ -7,6 +7,7 @@ direction, or a few, are added to them: a pass takes about as long as a copy of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeAlias
@@ -27,7 +28,6 @@ from fedtune.directions.rebuild_numba import (
     as_bits,
     compile_nogil,
     fill_words,
-    run_in_threads,
 )
 from fedtune.directions.rebuild_numpy import prepare_output, round_into
 from fedtune.tensors import DTYPES, Array
@@ -37,6 +37,8 @@ Mover: TypeAlias = Callable[[Sequence[Move], Move], None]
 """See `moves_torch`."""
 
 DENSE_SIGNS, GAUSSIAN = int(Purpose.DENSE_SIGNS), int(Purpose.GAUSSIAN)
+THREAD_RUN = 64
+"""Blocks that a thread takes at a time: 262,144 weights, some hundred microseconds."""
 WORDS = BLOCK // 32
 """Words of a bit for each position of a block."""
 
@@ -88,9 +90,17 @@ def mover(
 
     def move(moves: Sequence[Move], beside: Move) -> None:
         order = order_of(bank, [*moves, beside])
-        for part in parts:
-            work = partial(write_blocks, part, bank=bank, order=order, unit=unit)
-            run_in_threads(work, all_blocks(part.shape), threads)
+        work = partial(write_blocks, bank=bank, order=order, unit=unit)
+        if threads == 1:
+            for part in parts:
+                work((part, all_blocks(part.shape)))
+            return
+        # One pool for all tensors: to start threads takes as long as to write a small one.
+        runs = [(part, run) for part in parts for run in split_runs(all_blocks(part.shape), THREAD_RUN)]
+        with ThreadPoolExecutor(threads) as pool:
+            # Only reading the results raises what a thread raised.
+            for result in pool.map(work, runs):
+                assert result is None
 
     return move
 
@@ -111,15 +121,16 @@ def order_of(bank: Hadamard | Gaussian, moves: Sequence[Move]) -> Order:
     return Order(np.array(seeds, np.uint32), np.array(amounts, np.int32), np.stack(rows))
 
 
-def write_blocks(part: Displaced, blocks: range, *, bank: Hadamard | Gaussian, order: Order, unit: np.float32) -> None:
-    """Move the displacements of a run of blocks, and write its weights."""
+def write_blocks(where: tuple[Displaced, range], *, bank: Hadamard | Gaussian, order: Order, unit: np.float32) -> None:
+    """Move the displacements of a run of a tensor's blocks, and write its weights."""
+    part, blocks = where
     place = slice(blocks.start * BLOCK, min(blocks.stop * BLOCK, len(part.old)))
     old, new = part.old[place], part.new[place]
     if not (direct := old.dtype == new.dtype and old.dtype in (DTYPES["fp32"], DTYPES["bf16"])):
         # float16, and a change of format, go through float32 outside of the kernel: numba knows no float16.
         if len(blocks) > RUN:
             for run in split_runs(blocks, RUN):
-                write_blocks(part, run, bank=bank, order=order, unit=unit)
+                write_blocks((part, run), bank=bank, order=order, unit=unit)
             return
         old, new = old.astype(np.float32), np.empty(len(old), np.float32)
     move_loop(bank.name, old.dtype.name)(

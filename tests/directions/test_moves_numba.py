@@ -78,7 +78,8 @@ def test_a_model_is_written_in_another_format(dtype: str, into: str) -> None:
 
 
 @pytest.mark.parametrize("threads", [2, 8])
-def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
+def test_the_number_of_threads_changes_no_bit(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moves_numba, "THREAD_RUN", 2)  # a tensor of three blocks is shared
     check_walk(Hadamard(256, SEED), "fp32", threads=threads)
 
 

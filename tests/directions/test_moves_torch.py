@@ -143,3 +143,15 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(way: str) -> No
         mover([(0, old, torch.ones(5, 3))], np.zeros(16, np.int32), bank=bank, exponent=EXPONENT)
     with pytest.raises(RoundError, match=r"expected sum \|A\| of at most"):
         mover([(0, old, old.clone())], np.full(16, 2**30, np.int32), bank=bank, exponent=EXPONENT)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    "bank",
+    [Hadamard(4096, SEED), Hadamard(16, SEED), Gaussian(16, SEED), directions("hadamard", 256, (SEED, 1), 4)],
+    ids=lambda bank: f"{bank.name} {bank.size}",
+)
+def test_a_gpu_gives_the_bits_of_the_reference(bank: DirectionBank, dtype: torch.dtype) -> None:
+    check_walk(bank, trios(dtype, "cuda"))
