@@ -58,7 +58,7 @@ def work_along_seeds(
     """
     client, task = assignment.plan.client, assignment.task
     if isinstance(task, DescendSeeds):
-        prober = prober_of(base, client=client, batch=assignment.plan.training.batch)
+        prober = prober_of(base, client=client, batch=assignment.plan.training.batch, max_bytes=max_bytes)
         slope = slope_of(base, examples, assignment, max_bytes=max_bytes)
         try:
             return descend_seeds(prober, slope, examples, assignment, task, replicas, held_out, on_step)
@@ -69,17 +69,17 @@ def work_along_seeds(
         if base.device.type == "cuda":
             torch.cuda.empty_cache()
         assignment = replace(assignment, plan=replace(assignment.plan, training=task.fallback), task=task.probe)
-    prober = prober_of(base, client=client, batch=assignment.plan.training.batch)
+    prober = prober_of(base, client=client, batch=assignment.plan.training.batch, max_bytes=max_bytes)
     return measure_seeds(prober, examples, assignment, assignment.probe, replicas, held_out, on_step)
 
 
-def prober_of(base: Base, *, client: str, batch: int) -> Prober[Batch]:
-    """Return a base on which torch measures losses along seeds."""
+def prober_of(base: Base, *, client: str, batch: int, max_bytes: int | None = None) -> Prober[Batch]:
+    """Return a base on which torch measures losses along seeds, in a process that may take so many bytes in all."""
     return Prober(
         base.manifest,
         base.matrices,
         collate=lambda examples: collate(examples, base),
-        at=measured_position(base, client=client, batch=batch),
+        at=measured_position(base, client=client, batch=batch, max_bytes=max_bytes),
         displacement_of=partial(displacement_of, base),
         peak_bytes=lambda: peak_bytes(base.device),
     )

@@ -1,7 +1,8 @@
-"""Whether a backward pass fits into the memory that is free, counted on the model itself before the first step."""
+"""Whether a client's work along seeds fits into the memory that is free, counted before the first step."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,6 +40,20 @@ def free_bytes(device: torch.device, limit: int | None = None) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     # What torch's allocator has taken and nothing uses, it gives out again.
     return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
+def spare_bytes(device: torch.device, limit: int | None = None) -> int:
+    """Return the memory that work may take for speed alone: half of the process's share of what is free.
+
+    The other half is for activations. Processes that work side by side share the cores, and ask at the same time.
+    """
+    share = min(1.0, torch.get_num_threads() / count_cores()) if device.type == "cpu" else 1.0
+    return int(min(free_bytes(device) * share, free_bytes(device, limit))) // 2
+
+
+def count_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_free(need: float, what: str, *, free: int, client: str) -> None:

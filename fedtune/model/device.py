@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.settings import ModelSettings, NumberFormat
 
-MEMINFO = Path("/proc/meminfo")
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -88,26 +86,3 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def spare_bytes(device: torch.device, meminfo: Path = MEMINFO) -> int:
-    """Return how much memory work on this device may take for speed alone: half of its share of what is free.
-
-    The other half is for activations. Processes that work side by side share the cores, and ask at the same time.
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) // 2
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = min(1.0, torch.get_num_threads() / cores)
-    return int(available_bytes(meminfo) * share) // 2
-
-
-def available_bytes(meminfo: Path = MEMINFO) -> int:
-    """Return how much main memory a process may still take, as far as the system says."""
-    try:
-        lines = meminfo.read_text().splitlines()
-    except OSError:
-        lines = []
-    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    # Elsewhere half of all memory counts as free, for want of better knowledge.
-    return free[0] if free else memory_bytes(torch.device("cpu")) // 2

@@ -10,12 +10,15 @@ import torch
 
 from fedtune.errors import ClientError
 from fedtune.messages import Training
+from fedtune.model import descend_memory
 from fedtune.model.batches import collate
 from fedtune.model.descend import at_dense_slope
 from fedtune.model.descend_memory import (
     check_free,
+    count_cores,
     free_bytes,
     report_out_of_memory,
+    spare_bytes,
     step_bytes,
     step_sizes,
     stored_by_length,
@@ -108,3 +111,24 @@ def test_only_errors_of_memory_are_put_into_these_words() -> None:
             raise error
     with pytest.raises(RuntimeError, match="broken"), report_out_of_memory("ann"):
         raise RuntimeError("broken")
+
+
+def test_work_may_take_half_of_its_share_of_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(descend_memory, "available_bytes", lambda: 4096)
+    monkeypatch.setattr(descend_memory, "count_cores", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert spare_bytes(cpu) == 4096 // 4 // 2
+    monkeypatch.setattr(descend_memory, "resident_bytes", lambda: 100)
+    assert spare_bytes(cpu, 300) == 100
+    assert spare_bytes(cpu, 99) == 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    assert spare_bytes(cpu) == 4096 // 2
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
+    assert spare_bytes(cuda) == 505
+
+
+def test_a_process_has_a_core() -> None:
+    assert count_cores() >= 1

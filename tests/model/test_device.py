@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
 
 from fedtune.errors import ConfigError
-from fedtune.model.device import available_bytes, choose_device, memory_bytes, number_format, share_devices, spare_bytes
+from fedtune.model.device import choose_device, memory_bytes, number_format, share_devices
 from fedtune.model.settings import ModelSettings, same_everywhere
 
 
@@ -70,21 +69,3 @@ def test_without_cuda_processes_share_the_cores_only_where_that_is_asked_for(mon
         share_devices(sharing("auto", 2))
     with pytest.raises(ConfigError, match="at most 2, the cores of this process; got 3"):
         share_devices(sharing("cpu", 3))
-
-
-def test_work_may_take_half_of_its_share_of_the_memory_that_is_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (meminfo := tmp_path / "meminfo").write_text("MemTotal: 99 kB\nMemFree: 1 kB\nMemAvailable:    4096 kB\n")
-    assert available_bytes(meminfo) == 4096 * 1024
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert spare_bytes(torch.device("cpu"), meminfo) == 4096 * 1024 // 4 // 2
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
-    assert spare_bytes(torch.device("cpu"), meminfo) == 4096 * 1024 // 2
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
-    assert spare_bytes(torch.device("cuda"), meminfo) == 500
-
-
-def test_where_the_system_does_not_say_what_is_free_it_is_half_of_all(tmp_path: Path) -> None:
-    assert available_bytes(tmp_path / "none") == memory_bytes(torch.device("cpu")) // 2

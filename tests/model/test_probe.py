@@ -152,8 +152,8 @@ def test_the_client_has_moved_by_what_the_server_will_add_for_it(
     base, spied = loaded(), list[Spied]()
 
     @contextmanager
-    def watched(*arguments: Any) -> Iterator[Spied]:
-        with at_position(*arguments) as position:
+    def watched(*arguments: Any, **options: Any) -> Iterator[Spied]:
+        with at_position(*arguments, **options) as position:
             spied.append(Spied(position, 16))
             yield spied[0]
 
@@ -210,12 +210,34 @@ def test_padding_weighs_nothing_a_batch_s_loss_is_the_mean_over_its_tokens(
     ],
 )
 def test_displacements_are_stored_where_there_is_room_for_them(
-    bank: str, bytes_free: int, kind: Any, loaded: Any, monkeypatch: pytest.MonkeyPatch
+    bank: str,
+    bytes_free: int,
+    kind: Any,
+    loaded: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     base = loaded()
-    monkeypatch.setattr(probing, "spare_bytes", lambda device: bytes_free)
-    with at_position(base, ledger_of(base, bank), reached(base, bank)) as position:
+    monkeypatch.setattr(probing, "spare_bytes", lambda device, limit: bytes_free)
+    with caplog.at_level("INFO"), at_position(base, ledger_of(base, bank), reached(base, bank)) as position:
         assert type(position) is kind
+    [said] = caplog.messages
+    assert said.startswith("weights are rebuilt" if kind is RebuiltPosition else "displacements stay in memory")
+
+
+def test_a_client_keeps_within_the_memory_that_it_was_given(
+    loaded: Any, examples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, asked = loaded(), list[Any]()
+
+    def spare(device: torch.device, limit: int | None) -> int:
+        asked.append(limit)
+        return 0
+
+    monkeypatch.setattr(probing, "spare_bytes", spare)
+    position = probing.measured_position(base, client="ann", batch=2, max_bytes=7)
+    with position(ledger_of(base, "hadamard"), reached(base, "hadamard")):
+        assert asked == [7]
 
 
 def test_a_client_without_the_room_gives_the_same_scalars(
@@ -224,7 +246,7 @@ def test_a_client_without_the_room_gives_the_same_scalars(
     base, rows = loaded(dtype="bfloat16"), examples(6)
     ledger, asked = ledger_of(base, "hadamard"), probe(estimator="one-sided", queries=4)
     found = measured(base, rows, asked, ledger, learning_rate=0.3)
-    monkeypatch.setattr(probing, "spare_bytes", lambda device: 0)
+    monkeypatch.setattr(probing, "spare_bytes", lambda device, limit: 0)
     again = measured(base, rows, asked, ledger, learning_rate=0.3)
     np.testing.assert_array_equal(found.scalars, again.scalars)
     assert found.losses == again.losses
