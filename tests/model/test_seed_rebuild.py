@@ -224,7 +224,9 @@ def test_weights_that_stand_already_are_not_written_again(
         position.move(4, 9)
         position.move(5, -9)
         position.losses(batch_of(base, examples), [(4, -40), (4, 40), (4, 40)])
-    assert written == [([], (0, 0)), ([(4, 9), (5, -9)], (4, -40)), ([], (4, 40))]
+        position.move(1, 3)
+        position.losses(batch_of(base, examples), [(4, 40)])
+    assert written == [([], (0, 0)), ([(4, 9), (5, -9)], (4, -40)), ([], (4, 40)), ([(1, 3)], (4, 40))]
 
 
 def drawn(steps: int) -> list[tuple[int, int]]:
