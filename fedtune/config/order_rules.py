@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from fedtune.config.recipe import Recipe, method_of
+from fedtune.config.recipe import Recipe, method_of, probing_training
 from fedtune.errors import ShapeError, expected_and_got
-from fedtune.messages import Assignment, DescendSeeds, ProbeSeeds, ScoreRequest, TailRank, Training, TrainLora
+from fedtune.messages import Assignment, DescendSeeds, ProbeSeeds, ScoreRequest, SeedTask, TailRank, Training, TrainLora
+from fedtune.methods.fedkseed_state import MOST_HALVINGS
 from fedtune.number_formats import CODES, FORMATS, SCALE_DTYPE, SCALES, scales_shape
 from fedtune.planning.planner import PlanChoices
 from fedtune.pruning.depth import module_ranks
@@ -246,11 +247,28 @@ def measures_step(one: Comparison) -> bool:
 
 def learning_rate(one: Comparison) -> str:
     """As the recipe says; where it leaves the rate to the first round, up to the largest that it permits."""
-    expected, came = one.expected.plan.training.rate, one.order.plan.training.rate
-    if isinstance(one.order.task, TrainLora) or one.allowed.training.learning_rate != "auto":
-        return "" if came == expected else f"{expected:g}"
-    largest = getattr(one.recipe.method, "largest_rate", expected)
-    return "" if 0 < came <= largest else f"at most {largest:g}, by method.largest_rate"
+    wanted, order = one.expected, one.order
+    rates: list[tuple[Any, float, float]] = [
+        (one.allowed.training.learning_rate, wanted.plan.training.rate, order.plan.training.rate)
+    ]
+    fallbacks = [task.fallback for task in (wanted.task, order.task) if isinstance(task, DescendSeeds)]
+    if all(fallbacks) and len(fallbacks) == 2 and (probing := probing_training(one.recipe, order.plan.client)):
+        permitted, came = (training.rate for training in fallbacks if training)
+        rates.append((probing.learning_rate, permitted, came))
+    # A first round, which only measures, has no loss that could have risen.
+    steps = isinstance(order.task, SeedTask) and not order.probe.calibrate
+    halvings = MOST_HALVINGS if steps else 0
+    return next((fault for rate in rates if (fault := rate_fault(one, *rate, halvings=halvings))), "")
+
+
+def rate_fault(one: Comparison, stated: Any, expected: float, came: float, *, halvings: int) -> str:
+    """Return what is expected of a rate in place of one that came, by what the recipe states; empty if it may be."""
+    if stated == "auto":
+        largest = getattr(one.recipe.method, "largest_rate", expected)
+        return "" if 0 < came <= largest else f"at most {largest:g}, by method.largest_rate"
+    # Halved where the clients' losses rise, by the method whose server then goes back.
+    allowed = came in [expected * 0.5**count for count in range(halvings + 1)]
+    return "" if allowed else f"{expected:g}" + f", or halved up to {halvings} times" * (halvings > 0)
 
 
 def curvatures(one: Comparison) -> str:
@@ -273,7 +291,8 @@ def perturbation(one: Comparison) -> str:
 def shift(one: Comparison) -> str:
     # It grows by one with every round whose scalars were at their bound; the decoder holds it below 2^24.
     expected = one.expected.probe
-    return "" if measures_step(one) or one.order.probe.shift >= expected.shift else f"at least {expected.shift}"
+    least = max(0, expected.shift - MOST_HALVINGS)
+    return "" if measures_step(one) or one.order.probe.shift >= least else f"at least {least}"
 
 
 def seed_state(one: Comparison) -> str:

@@ -50,6 +50,15 @@ from fedtune.messages import (
     SeedState,
     SeedTask,
 )
+from fedtune.methods.fedkseed_guard import (
+    diverges,
+    guard_figures,
+    guard_remarks,
+    halve_rate,
+    losses_of,
+    set_back,
+    watch,
+)
 from fedtune.methods.fedkseed_rate import (
     chosen_rate,
     measurements,
@@ -148,14 +157,14 @@ def task_of(state: FedKSeedState, planned: PlannedClient, probe: ProbeSeeds) -> 
     """Return what a client is asked, and by which plan, after a check that the sums have room for every answer."""
     plan, probing = planned.plan, planned.probing
     training = probing or plan.training
-    measured = replace(plan, training=with_rate(state, training))
-    if training.learning_rate == "auto" and not state.chosen:
-        probe = replace(probe, calibrate=True, curvatures=True)
+    measured = replace(plan, training=halve_rate(state, with_rate(state, training)))
+    asks_rate = training.learning_rate == "auto" and not state.chosen
     descends = planned.verb in ("descend", "auto")
-    # All measure in the first round where it settles the unit: as many as there are give the best median.
-    if not descends or not (state.calibrated or state.trained):
+    # All measure in the first round where it settles unit or rate: as many as there are give the best median.
+    if not descends or (not state.trained and (asks_rate or not state.calibrated)):
         check_headroom(state, measured)
-        return measured, probe
+        return measured, replace(probe, calibrate=probe.calibrate or asks_rate, curvatures=asks_rate)
+    plan = replace(plan, training=halve_rate(state, plan.training))
     bank, settings = state.bank, state.settings
     task = DescendSeeds(
         probe=probe,
@@ -227,8 +236,9 @@ def aggregate(state: FedKSeedState, updates: Sequence[AdmittedUpdate]) -> FedKSe
     if not state.calibrated:
         return with_history(state, cohort, calibrate(after, [step_size(after, update.probe) for update in cohort]))
     stepped = [update for update in cohort if update.client not in measured]
-    if not stepped:
-        return with_history(state, cohort, after)
+    losses = losses_of(stepped)
+    if not stepped or diverges(state, losses):
+        return with_history(state, cohort, set_back(after, losses) if stepped else after)
     weighted = integer_weights(state, stepped)
     logged = [
         LoggedUpdate(sample_key(state, update.client), weight, update.probe.scalars)
@@ -236,7 +246,7 @@ def aggregate(state: FedKSeedState, updates: Sequence[AdmittedUpdate]) -> FedKSe
         if isinstance(update.seeds, ProbeResult)
     ]
     moved = [(update.descend, weight) for update, weight in weighted if isinstance(update.seeds, DescendResult)]
-    after = with_sums(after, logged, moved)
+    after = watch(state, with_sums(after, logged, moved), losses)
     return with_history(state, cohort, with_descent(with_scalars(after, state, logged, moved), state, moved))
 
 
@@ -396,10 +406,16 @@ def figures(state: FedKSeedState) -> Mapping[str, Any]:
             "coarseness": state.coarseness,
         }
         | dict(rate_figures(state))
+        | dict(guard_figures(state))
         | ({} if left is None else {"rounds_left": left})
         | ({"number_step": 2.0 ** (state.widest - state.exponent)} if state.grown else {})
         | ({"banks": len(plain_banks(state.bank))} if state.settings.redraw else {})
     )
+
+
+def remarks(state: FedKSeedState) -> Sequence[str]:
+    """Return what users should hear of the last round: a rate that it has chosen, and whether it was undone."""
+    return (*rate_remarks(state), *guard_remarks(state))
 
 
 METHOD = Method(
@@ -414,7 +430,7 @@ METHOD = Method(
     seeds=seeds,
     refuse=refuse,
     figures=figures,
-    remarks=rate_remarks,
+    remarks=remarks,
     faults=faults,
     why_not_linear="it adds whole numbers along seeds, of which each client's are at most 127; method.clip bounds them",
     why_not_pruned="its directions move every weight of the base",

@@ -205,8 +205,11 @@ def step_size(state: FedKSeedState, result: ProbeResult) -> float | None:
 
 
 def rate_figures(state: FedKSeedState) -> Mapping[str, float]:
-    """Return what a round's line notes of a rate that was measured."""
-    return {name: state.chosen[name] for name in ("learning_rate", "curvature", "agreement") if state.chosen}
+    """Return what a round's line notes of a rate that was measured, as it is now."""
+    if not state.chosen:
+        return {}
+    rate = state.chosen["learning_rate"] * 0.5**state.halvings
+    return {"learning_rate": rate, **{name: state.chosen[name] for name in ("curvature", "agreement")}}
 
 
 def rate_remarks(state: FedKSeedState) -> Sequence[str]:

@@ -31,6 +31,8 @@ PROVISIONAL = 26
 DESCENDING = range(24, 29)
 """e where clients descend: with K = 4096 a number of one moves weights by 4e-6 at most (root mean square), and the sums
 have room for a move of 0.1 at least, as large as the weights themselves."""
+MOST_HALVINGS = 4
+"""How often the learning rate of a run is halved before it ends."""
 FINE = 16
 """Least units of a perturbation: it is then rounded by at most 1/32 of itself."""
 
@@ -185,6 +187,14 @@ class FedKSeedState:
     """The head that takes the place of the base's, by parameter name, float32; empty: the base's own."""
     grown: int = field(default=0, metadata=OMIT_EMPTY)
     """By how much a round in which clients descended has let sum |A| at a position grow at most, and at least 1."""
+    halvings: int = field(default=0, metadata=OMIT_EMPTY)
+    """How often learning rates were halved, since the clients' losses rose."""
+    rose: Mapping[str, float] = field(default_factory=dict, metadata=OMIT_EMPTY)
+    """The last round that was undone for it, and by which share they rose in it."""
+    watched: Mapping[str, float] = field(default_factory=dict, metadata=OMIT_EMPTY)
+    """Losses of clients at `best`, by name; empty while losses fall."""
+    best: Tensors = field(default_factory=dict, metadata=OMIT_EMPTY)
+    """`a`, the sums to go back to if the losses rise above these."""
     chosen: Mapping[str, float] = field(default_factory=dict, metadata=OMIT_EMPTY)
     """The learning rate of `client.learning_rate = "auto"`, and what it follows from; empty until it is measured."""
 

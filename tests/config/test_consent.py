@@ -326,7 +326,9 @@ def test_the_rate_of_an_order_is_that_of_its_round_and_no_other(text: str) -> No
         for other in (0.5, 1.0, 0.8, 0.6, 0.4, 0.55):
             order = put(put(made(plain), "round", number), "plan.training.learning_rate", 0.01 * other)
             differing = {key for key in keys(text, order) if key.startswith("plan")}
-            assert differing == (set() if other == share else {"plan.training.learning_rate"})
+            # Along seeds the server halves it where losses rise.
+            shares = {share * 0.5**count for count in range(5 if plain == SEEDS else 1)}
+            assert differing == (set() if other in shares else {"plan.training.learning_rate"})
 
 
 def descending(text: str, number: int = 1) -> Assignment:
@@ -412,6 +414,26 @@ def test_a_rate_that_the_first_round_measures_may_be_any_up_to_the_largest_of_th
     # The unit of scalars is still the recipe's own.
     assert keys(text, put(stepping, "task.exponent", 1)) == {"task.exponent", "task.perturbation"}
     assert "that the first round measures" in permission_texts(recipe_of(text), "site-a")["work"]
+
+
+def test_a_rate_may_be_halved_four_times_and_be_no_other_below_the_recipes() -> None:
+    order = put(made(SEEDS), "round", 2)
+    order = replace(order, task=replace(order.probe, state=replace(order.probe.state, round=1)))
+    for rate, vetoed in ((0.005, False), (0.01 / 16, False), (0.01 / 32, True), (0.006, True), (0.02, True)):
+        differing = keys(SEEDS, put(order, "plan.training.learning_rate", rate)) - {"seed"}
+        assert differing == ({"plan.training.learning_rate"} if vetoed else set())
+    # Of adapters no server halves the rate.
+    assert keys(ADAPTERS, put(made(ADAPTERS), "plan.training.learning_rate", 0.005)) == {"plan.training.learning_rate"}
+
+
+@pytest.mark.guarantee("G4")
+def test_the_rate_of_a_fallback_is_held_against_the_recipe_like_that_of_the_order() -> None:
+    order = made(DESCEND)
+    task = order.descend
+    assert task.fallback is not None
+    for rate in (1e9, 0.0101):
+        lie = replace(order, task=replace(task, fallback=replace(task.fallback, learning_rate=rate)))
+        assert any(key.endswith("learning_rate") for key in keys(DESCEND, lie))
 
 
 def test_curvatures_are_not_measured_where_the_recipe_gives_a_rate() -> None:
