@@ -99,6 +99,13 @@ def test_one_liar_of_five_moves_the_rate_by_a_third_at_most(lie: str, noise: flo
     assert min(rates) >= chosen(honest).rate / 1.33
 
 
+def test_no_client_counts_more_by_stating_larger_slopes() -> None:
+    # Of two none can be left out: unshortened, slopes of 1e12 from one would make their agreement nought.
+    one, other = cohort(2)
+    loud = Measurement(tuple(1e12 * slope for slope in other.slopes), other.curvatures, other.weight)
+    assert chosen([one, loud]).agreement == chosen([one, other]).agreement > 0.2
+
+
 @given(
     slopes=st.lists(st.floats(-1e12, 1e12), min_size=16, max_size=16),
     curvatures=st.lists(st.floats(-1e12, 1e12), min_size=16, max_size=16),
