@@ -35,6 +35,8 @@ ONE_ALONE = 0.25
 """Taken for the agreement where a single client has measured: on the sets of the documents it is 0.1 to 0.8."""
 EVIDENCE = 1.0
 """Standard deviations by which an agreement must lie above that of unrelated slopes."""
+PLAIN = 3.0
+"""Of the same: from here on one client who contradicts all others is taken for the one that is wrong."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,10 @@ def agreement_of(slopes: Array) -> tuple[float, float]:
     if count == 2:
         return pairs_of(slopes)
     parts = [pairs_of(np.delete(slopes, place, axis=0)) for place in range(count)]
-    return max(agreement for agreement, _ in parts), max(evidence for _, evidence in parts)
+    second, largest = sorted(evidence for _, evidence in parts)[-2:]
+    # Where only one choice of a client to leave out gives an agreement at all, that is chance, unless it is plain.
+    evidence = largest if second >= 0 or largest >= PLAIN else second
+    return max(agreement for agreement, _ in parts), evidence
 
 
 def pairs_of(slopes: Array) -> tuple[float, float]:

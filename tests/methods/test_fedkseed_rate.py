@@ -132,6 +132,15 @@ def test_slopes_that_have_nothing_in_common_are_refused_with_what_to_do() -> Non
     assert why.value.final
 
 
+def test_an_agreement_that_needs_one_client_left_out_must_be_plain() -> None:
+    # Three agree a little by chance, the fourth contradicts them: as with MiniLM and a drawn head.
+    rng = generator(derive(7, "test.chance"))
+    parts = [rng.normal(size=16) + 0.5 * COMMON for _ in range(3)]
+    members = [Measurement(tuple(part), (9.0,) * 16, 1) for part in (*parts, -2 * np.sum(parts, axis=0))]
+    with pytest.raises(RoundError, match="expected slopes"):
+        chosen(members)
+
+
 @pytest.mark.parametrize("slopes", [(0.0, 0.0), (1.0, 2.0)])
 def test_a_loss_that_is_flat_or_straight_has_no_rate(slopes: tuple[float, float]) -> None:
     flat = [Measurement(slopes, (0.0, 0.0), 1)] * 3
