@@ -155,7 +155,11 @@ def check_examples(examples: Sequence[Example], client: str) -> None:
 
 
 def coordinate_rate(ledger: SeedLedger, learning_rate: float, rms: float, client: str) -> float:
-    """Return by how much an accumulator moves in a step of Adam, so that a weight moves by the rate's share of `rms`.
+    """Return by how much an accumulator moves in a step of Adam, so that a weight moves by a share of `rms`.
+
+    The share is the rate over sqrt(G) with G groups, whose steps lie so much closer to the gradient: the best single
+    step, as other clients' batches judge it, is 0.010 to 0.022 at G = 1 and 0.0033 to 0.0049 at G = 16 on models of
+    260 thousand and 135 million weights (`simulations/bytes`).
 
     K accumulators meet at every weight, along directions of variance 1: its change is sqrt(K) times as large.
 
@@ -166,7 +170,9 @@ def coordinate_rate(ledger: SeedLedger, learning_rate: float, rms: float, client
         raise ClientError(
             f"{client}: expected trained weights that are not all zero; got zeros; name others in method.trainable"
         )
-    return learning_rate * rms * 2.0**ledger.exponent / math.sqrt(ledger.bank.seeds)
+    newest = ledger.bank.newest
+    # Over sqrt(G) and over sqrt(K), and there are G K of the newest bank's accumulators.
+    return learning_rate * rms * 2.0**ledger.exponent / math.sqrt(newest.stop - newest.start)
 
 
 def adam(before: Moments, slopes: Array) -> tuple[Moments, Array]:
