@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from fedtune.directions.seed_ledger import SeedLedger
+from fedtune.directions.space import directions
 from fedtune.directions.trainable import TensorSelection, trainable_ordinals
 from fedtune.errors import ClientError, ConfigError
 from fedtune.model.base import Base, digest
@@ -317,6 +318,21 @@ def test_losses_over_codes_are_those_of_their_values_with_the_change_in_them(
     rounds = [PAIR, QUERIES, PAIR]
     close(beside(base, ledger, ordinals, batch, rounds), materialised(values, ledger, ordinals, batch, rounds))
     assert (hooks(base), codes_digest(base.model)) == (0, codes)
+
+
+@pytest.mark.parametrize(("groups", "banks"), [("tensor", 1), (1, 3), ("tensor", 2)])
+def test_numbers_of_each_matrix_and_of_several_banks_are_measured_beside_the_layers_too(
+    groups: Any, banks: int, loaded: Any, examples: Any
+) -> None:
+    whole, base = loaded(targets=["all-linear"]), loaded(targets=["all-linear"], dtype="int8")
+    ordinals = reached(whole, vectors=True, embeddings=True)
+    bank = directions("kron", 16, range(1, banks + 1), groups, ordinals)
+    sums = np.random.default_rng(5).integers(-8, 9, bank.size).astype(np.int32)
+    ledger, batch, rounds = SeedLedger(bank, 10, 3, whole.manifest.digest, sums), collate(examples(5), base), [PAIR]
+    # By the way that clients take, which has no weights to rewrite where there are codes.
+    with at_position(base, ledger, ordinals) as position, torch.inference_mode():
+        losses = around(position, batch, rounds)
+    close(losses, materialised(with_values_of(base, whole), ledger, ordinals, batch, rounds))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
