@@ -13,8 +13,8 @@ from fedtune.tensors import Array
 FRACTION_BITS = 11
 """A feature is rounded to a whole number of 2^-11: a hundredth of the spread that the features of encoders have."""
 LARGEST_FEATURE = 2**19
-"""In these units, to which larger features are cut: then the squares of 2^25 examples fit into 63 bits."""
-MOST_EXAMPLES = 2**25
+"""In these units, to which larger features are cut: then the squares of `MOST_EXAMPLES` fit into 63 bits."""
+MOST_EXAMPLES = 2**25 - 1
 SLACK = 1e-9
 """Relative, for the rounding of a comparison in float64."""
 

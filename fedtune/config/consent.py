@@ -40,6 +40,7 @@ from fedtune.messages import (
     TrainLora,
 )
 from fedtune.methods import class_head
+from fedtune.methods.fedkseed_state import FedKSeedState
 from fedtune.planning.planner import PlanChoices, lora_scale, optimizer_steps, steps_of_share
 from fedtune.planning.verbs import DESCENDING
 from fedtune.pruning.ranking import PruningSettings
@@ -180,6 +181,9 @@ def permitted_order(recipe: Recipe, allowed: Permitted, profile: ClientProfile, 
         model = profile.foundation
         blueprint = replace(blueprint, modules=model.modules, saved=model.saved, manifest=model.manifest)
     state = replace(method.init(blueprint, recipe.method), round=order.round - 1)
+    if isinstance(state, FedKSeedState) and recipe.adapter.head == "lda" and order.round > 1:
+        # Of any values: that there is one says that the round before has trained nothing.
+        state = replace(state, head=profile.foundation.saved)
     planned = with_permitted_verb(recipe, PlannedClient(permitted_plan(recipe, allowed, profile.client, order)), order)
     planned = with_probing_steps(planned, profile.num_examples, recipe, order)
     assign = method.assign

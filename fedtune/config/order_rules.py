@@ -51,9 +51,10 @@ class Difference:
 
 def short_text(value: object) -> str:
     """Return a value as a short text."""
-    text = (
-        value if isinstance(value, str) and value else repr(value) if not isinstance(value, Exception) else f"{value}"
-    )
+    if isinstance(value, Exception):
+        text = f"{value}" or type(value).__name__
+    else:
+        text = value if isinstance(value, str) and value else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -255,10 +256,14 @@ def learning_rate(one: Comparison) -> str:
     if all(fallbacks) and len(fallbacks) == 2 and (probing := probing_training(one.recipe, order.plan.client)):
         permitted, came = (training.rate for training in fallbacks if training)
         rates.append((probing.learning_rate, permitted, came))
-    # A first round, which only measures, has no loss that could have risen.
     steps = isinstance(order.task, SeedTask) and not order.probe.calibrate
-    halvings = MOST_HALVINGS if steps else 0
+    halvings = most_halvings(order) if steps else 0
     return next((fault for rate in rates if (fault := rate_fault(one, *rate, halvings=halvings))), "")
+
+
+def most_halvings(order: Assignment) -> int:
+    """Return how often the losses of earlier rounds may have halved the rate: once in each of them, at most."""
+    return min(MOST_HALVINGS, order.round - 1)
 
 
 def rate_fault(one: Comparison, stated: Any, expected: float, came: float, *, halvings: int) -> str:
@@ -289,9 +294,10 @@ def perturbation(one: Comparison) -> str:
 
 
 def shift(one: Comparison) -> str:
-    # It grows by one with every round whose scalars were at their bound; the decoder holds it below 2^24.
+    # It grows by one with every round whose scalars were at their bound, and falls by one where the rate is halved.
+    # The decoder holds it below 2^24.
     expected = one.expected.probe
-    least = max(0, expected.shift - MOST_HALVINGS)
+    least = max(0, expected.shift - most_halvings(one.order))
     return "" if measures_step(one) or one.order.probe.shift >= least else f"at least {least}"
 
 

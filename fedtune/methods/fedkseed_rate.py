@@ -178,7 +178,7 @@ def with_rate(state: FedKSeedState, training: Training) -> Training:
         return training
     settings = state.settings
     if not state.chosen:
-        return replace(training, learning_rate=UNMEASURED)
+        return replace(training, learning_rate=min(UNMEASURED, settings.largest_rate))
     rate = rate_for(state.chosen, settings.estimator, queries=settings.queries, normalise=settings.normalise)
     return replace(training, learning_rate=min(rate, settings.largest_rate))
 

@@ -47,6 +47,7 @@ from fedtune.pruning.structure import Block, BlockLayout
 from fedtune.rounds.transport import Rule, Transport
 from fedtune.runs.local import Experiment, prepare, run_context, transport
 from fedtune.runs.runner import run_rounds_of
+from fedtune.tensors import Tensors
 from fedtune.wire.codec import EncodedAssignment, decode_outline, encode_assignment
 from fedtune.wire.profile import ClientProfile, ModelSpec
 from tests.golden.recipes import recipes, write_data
@@ -331,13 +332,13 @@ def test_the_rate_of_an_order_is_that_of_its_round_and_no_other(text: str) -> No
             assert differing == (set() if other in shares else {"plan.training.learning_rate"})
 
 
-def descending(text: str, number: int = 1) -> Assignment:
+def descending(text: str, number: int = 1, head: Tensors | None = None) -> Assignment:
     """Return a server's order of a round to a client that descends, or to measure where the recipe's verb says so."""
     recipe, method = recipe_of(text), METHODS["fedkseed"]
     blueprint = Blueprint(MODULES, SAVED, 4, 7, LISTED.encode(), verbs=possible_verbs(recipe))
     request = verb_request(recipe, "site-a")
     plan = Plan("site-a", 1, 1.0, replace(planned_training(recipe, "site-a")[1], steps=3))
-    state = replace(method.init(blueprint, recipe.method), round=number - 1)
+    state = replace(method.init(blueprint, recipe.method), round=number - 1, head=head or {})
     order = method.assign(state, recipe.seed, PlannedClient(plan, verb=request.verb, probing=request.probing))
     return decode_outline(encode_assignment(replace(order, base=PROFILE.foundation.base)).header)
 
@@ -359,7 +360,7 @@ def test_with_auto_a_client_may_be_asked_to_probe_and_a_client_that_descends_may
 def test_what_a_client_that_descends_may_be_asked_and_sends_is_said_in_words() -> None:
     texts = permission_texts(recipe_of(DESCEND), "site-a")
     assert texts["work"] == (
-        "3 steps of 8 examples, at the rate 0.02 of the size of its weights; "
+        "3 steps of 8 examples, at the rate 0.01 of the size of its weights; "
         "or, where its memory is too small, 6 steps of 4 examples, at the rate 0.01"
     )
     assert texts["bytes"] == (
@@ -380,6 +381,25 @@ def test_all_measure_in_the_first_round_of_a_mixed_run_and_descend_after() -> No
     assert isinstance(second.task, DescendSeeds)
     assert keys(mixed, put(second, "task.probe.calibrate", False)) == set()
     assert keys(mixed, second) == {"task.probe.calibrate"}
+
+
+@pytest.mark.parametrize("verb", ["descend", "auto"])
+@pytest.mark.parametrize("rate", ["", ", learning_rate = 0.01"])
+def test_all_measure_in_the_round_after_the_one_that_makes_the_head(verb: str, rate: str) -> None:
+    row = 'override = [{ clients = ["site-b"], verb = "probe" }]\nadapter = { head = "lda" }\n'
+    text = row + DESCEND.replace('verb = "auto"', f'verb = "{verb}"').replace(", scalar_step = 1e-4", "")
+    text = text.replace('base = "none"', 'base = "none", task = "classification"')
+    text = text.replace(", learning_rate = 0.01", rate)
+    second = descending(text, 2, head=SAVED)
+    assert (type(second.task), second.probe.calibrate) == (ProbeSeeds, True)
+    assert keys(text, second) == set()
+    third = descending(text, 3, head=SAVED)
+    assert isinstance(third.task, DescendSeeds)
+    assert keys(text, put(third, "task.probe.calibrate", False)) == set()
+    # In no later round may one be asked to that must descend.
+    late = put(put(second, "round", 3), "task.state.round", 2)
+    assert bool(keys(text, late) & {"task", "method"}) == (verb == "descend")
+    assert all(str(one).partition("; got ")[2] for one in order_differences(recipe_of(text), PROFILE, late))
 
 
 @pytest.mark.parametrize("number", [1, 4, 5])
@@ -411,17 +431,25 @@ def test_a_rate_that_the_first_round_measures_may_be_any_up_to_the_largest_of_th
     for rate, vetoed in ((1e-9, False), (0.03, False), (0.0301, True), (1e9, True)):
         differing = keys(text, put(stepping, "plan.training.learning_rate", rate))
         assert differing == ({"plan.training.learning_rate"} if vetoed else set())
+    # The rate of an order that only measures is used for nothing, and within the same bound.
+    low = text.replace("largest_rate = 0.03", "largest_rate = 1e-4")
+    assert keys(low, made(low)) == set()
     # The unit of scalars is still the recipe's own.
     assert keys(text, put(stepping, "task.exponent", 1)) == {"task.exponent", "task.perturbation"}
     assert "that the first round measures" in permission_texts(recipe_of(text), "site-a")["work"]
 
 
 def test_a_rate_may_be_halved_four_times_and_be_no_other_below_the_recipes() -> None:
-    order = put(made(SEEDS), "round", 2)
-    order = replace(order, task=replace(order.probe, state=replace(order.probe.state, round=1)))
+    order = put(put(made(SEEDS), "round", 5), "task.state.round", 4)
     for rate, vetoed in ((0.005, False), (0.01 / 16, False), (0.01 / 32, True), (0.006, True), (0.02, True)):
         differing = keys(SEEDS, put(order, "plan.training.learning_rate", rate)) - {"seed"}
         assert differing == ({"plan.training.learning_rate"} if vetoed else set())
+    # Once a round: none has gone before the first.
+    for number, rate, vetoed in ((1, 0.005, True), (2, 0.005, False), (2, 0.0025, True)):
+        early = put(
+            put(put(order, "round", number), "task.state.round", number - 1), "plan.training.learning_rate", rate
+        )
+        assert ("plan.training.learning_rate" in keys(SEEDS, early)) == vetoed
     # Of adapters no server halves the rate.
     assert keys(ADAPTERS, put(made(ADAPTERS), "plan.training.learning_rate", 0.005)) == {"plan.training.learning_rate"}
 

@@ -81,6 +81,13 @@ OUT_OF_BOUNDS: Mapping[str, Sequence[tuple[str, str, Any]]] = {
     "ProbeSeeds.state": [("seeds", "task.state", SeedState("whole", 0, b"", 3, b"d" * 32))],
     "ProbeSeeds.levels": [("seeds", "task.levels", b"x")],
     "ProbeSeeds.calibrate": [("seeds", "task.calibrate", True), ("descend", "task.probe.calibrate", True)],
+    "ProbeSeeds.curvatures": [("seeds", "task.curvatures", True)],
+    "ProbeSeeds.head": [("seeds", "task.head", SAVED), ("descend", "task.probe.head", SAVED)],
+    "Training.learning_rate": [
+        ("adapters", "plan.training.learning_rate", 0.02),
+        ("seeds", "plan.training.learning_rate", 0.006),
+        ("descend", "plan.training.learning_rate", 0.5),
+    ],
     # What there is room for only the server's state says; any within the schema's bounds is no more work, and no less.
     "DescendSeeds.largest_shift": [],
     "ScoreRequest.blobs": [

@@ -74,6 +74,8 @@ def test_an_order_for_sums_has_no_tensors_and_no_other_numbers() -> None:
         (pb.SumUpdate(counts=[1, 2], squares=[1], sums=[1]), "a sum for each of 2 classes and 1 features; got 1"),
         (pb.SumUpdate(counts=[MOST_EXAMPLES + 1], squares=[1], sums=[1]), "examples of a class"),
         (pb.SumUpdate(counts=[1], squares=[2**64 - 1], sums=[1]), "squares of at most"),
+        # One more than 64 bits with a sign hold.
+        (pb.SumUpdate(counts=[1], squares=[2**63], sums=[1]), "squares of at most"),
         (pb.SumUpdate(seconds=float("nan")), "a time of at least 0"),
         (pb.SumUpdate(joules=float("inf")), "an energy of at least 0"),
         (pb.SumUpdate(tokens=2**60), "tokens below"),
