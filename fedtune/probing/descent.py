@@ -24,6 +24,8 @@ BETAS = (0.9, 0.999)
 """Of Adam (arXiv 1412.6980): the shares of the running mean and of the running mean square that each step keeps."""
 ADAM_EPSILON = 1e-8
 """Beside the root of the mean square; slopes are as large as the norm of the gradient."""
+CUTS = 4
+"""Powers of two by which the largest number may be cut, so that the others are rounded less."""
 MAX_SKIPPED = 3
 """Steps of a round that a client may leave out because their loss or slopes are not finite."""
 
@@ -196,16 +198,30 @@ def accumulators_at(ledger: SeedLedger, start: Array, newest: Array) -> Array:
 
 
 def small_numbers(moved: Array, *, bits: int, largest_shift: int) -> tuple[Array, int]:
-    """Return numbers of so many bits, int8, and the smallest shift at which the largest of them fits.
+    """Return numbers of so many bits, int8, and the shift with which they are nearest to what moved, by least squares.
+
+    Of 8 bits that is the smallest shift at which the largest fits. Of 2 bits it is a smaller one: to fit a few outliers
+    would round most of the others to zero.
 
     >>> small_numbers(np.array([300.0, -20.0, 2.0]), bits=8, largest_shift=20)
     (array([75, -5,  0], dtype=int8), 2)
+    >>> small_numbers(np.array([9.0, -4.0, 4.0, -3.0, 4.0]), bits=2, largest_shift=20)
+    (array([ 1, -1,  1, -1,  1], dtype=int8), 2)
     """
     most, shift = LARGEST_NUMBER[bits], 0
     largest = float(np.abs(moved).max(initial=0.0))
     while shift < largest_shift and round(math.ldexp(largest, -shift)) > most:
         shift += 1
-    return np.clip(np.rint(np.ldexp(moved, -shift)), -most, most).astype(np.int8), shift
+
+    def rounded(shift: int) -> Array:
+        return np.clip(np.rint(np.ldexp(moved, -shift)), -most, most)
+
+    def error(shift: int) -> float:
+        return float(np.square(moved - np.ldexp(rounded(shift), shift)).sum())
+
+    # From the largest on, so that of equal ones it is the shift at which nothing is cut.
+    shift = min(range(shift, max(-1, shift - CUTS - 1), -1), key=error)
+    return rounded(shift).astype(np.int8), shift
 
 
 def loss_at(

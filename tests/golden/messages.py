@@ -26,6 +26,8 @@ from fedtune.messages import (
     Assignment,
     Blueprint,
     ClientUpdate,
+    DescendResult,
+    DescendSeeds,
     LoraResult,
     Measured,
     Plan,
@@ -163,6 +165,18 @@ ASSIGNMENTS: Mapping[str, Assignment] = {
     ),
     "probe": PROBE,
     "probe, every field": FULL_PROBE,
+    "descend": replace(PROBE, task=DescendSeeds(PROBE.probe, count=4, largest_shift=9)),
+    "descend, every field": replace(
+        FULL_PROBE,
+        plan=replace(PROBE.plan, training=Training(batch=3, learning_rate=0.01, steps=8, accumulation=2)),
+        task=DescendSeeds(
+            replace(FULL_PROBE.probe, groups="tensor", earlier=(1, 2**64 - 2)),
+            count=4096,
+            largest_shift=24,
+            bits=4,
+            fallback=PROBE.plan.training,
+        ),
+    ),
     "probe, what changed": replace(
         PROBE,
         task=replace(
@@ -207,6 +221,23 @@ UPDATES: Mapping[str, ClientUpdate] = {
         result=ProbeResult(np.array([0, 1, -1, 127, -127], np.int8), state=b"12345678", checks=bytes(range(16))),
         measured=Measured(seconds=1.5, peak_bytes=3 * 2**20, tokens=900),
     ),
+    **{
+        f"descend, {bits} bits": ClientUpdate(
+            client="bank-1",
+            round=3,
+            num_examples=120,
+            result=DescendResult(
+                np.array([bound, -bound, 0, 1, -1], np.int8),
+                5,
+                bits,
+                b"12345678",
+                bytes(range(16)),
+                skipped=1,  # type: ignore[arg-type]
+            ),
+            measured=Measured(seconds=1.5, peak_bytes=3 * 2**20, tokens=900, loss_before=2.5, loss_after=2.25),
+        )
+        for bits, bound in ((8, 127), (4, 7), (2, 1))
+    },
     "probe, every field": ClientUpdate(
         client="bank-1",
         round=3,
