@@ -127,7 +127,9 @@ def backward(base: Base, parts: Sequence[Batch]) -> float:
     with torch.enable_grad():
         for batch in parts:
             loss = summed_loss(base.model, batch, task=base.task) / count
-            loss.backward()
+            # Tensors that a batch does not use, as experts to which no token is sent, have slopes of zero.
+            if loss.requires_grad:
+                loss.backward()
             total += loss.item()
     return total
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,23 @@ def test_several_batches_are_one_larger_one(loaded: Any, examples: Any) -> None:
         again, others = position.slopes(ledger.accumulators, parts)
     assert again == pytest.approx(loss, rel=1e-5)
     np.testing.assert_allclose(others, slopes, rtol=1e-3, atol=1e-5 * np.abs(slopes).max())
+
+
+def test_tensors_that_a_batch_does_not_use_have_slopes_of_zero(loaded: Any, examples: Any) -> None:
+    """As the experts of a mixture to which no token is sent."""
+    base = loaded("bert", targets=["query"], task="classification", labels=["a", "b", "c"])
+    ordinals = [base.manifest.ordinals["bert.embeddings.token_type_embeddings.weight"]]
+    base.model.bert.embeddings.forward = partial(unused_types, base.model.bert.embeddings)
+    ledger = SeedLedger(directions("hadamard", 16, KEYS[:1]), 10, 0, bytes(32), np.zeros(16, np.int32))
+    batch = collate(examples(3, classes=3), base)
+    with at_dense_slope(base, ledger, ordinals) as position:
+        loss, slopes = position.slopes(ledger.accumulators, [batch])
+        assert loss == pytest.approx(position.loss(ledger.accumulators, batch), rel=1e-6)
+    assert slopes.tolist() == [0.0] * 16
+
+
+def unused_types(embeddings: Any, input_ids: torch.Tensor, **others: Any) -> torch.Tensor:
+    return embeddings.LayerNorm(embeddings.word_embeddings(input_ids))
 
 
 def test_the_same_step_gives_the_same_bits(loaded: Any, examples: Any) -> None:
