@@ -29,9 +29,9 @@ class DescendSettings:
     """Optimizer steps (Adam) per round, each of a forward and a backward pass."""
     learning_rate: Annotated[float, Interval(gt=0, le=1)] = 0.01
     """How far a step moves the trained weights: root mean square of the change, as a share of that of the base's own
-    weights, over the square root of `method.groups`, so that one value serves models of any size. Where only one or two
-    clients descend, whose noise no mean takes out, a third of it; a small model with many groups bears twice as much
-    and more."""
+    weights, so that one value serves models of any size; with n numbers, `method.seeds` for each of `method.groups`,
+    and more than 4096 of them, over the square root of n / 4096. Where only one or two clients descend, whose noise no
+    mean takes out, a third of it; a small model with many groups bears twice as much and more."""
     batch: Annotated[int, Ge(1)] | None = None
     """Examples per forward pass; none: as `client.batch`."""
     accumulation: Annotated[int, Ge(1)] = 1

@@ -113,14 +113,21 @@ def test_the_rate_is_the_share_by_which_weights_move() -> None:
     assert moved == pytest.approx(0.02 * 0.18, rel=1e-3)
 
 
-def test_steps_of_groups_are_shorter_by_the_square_root_of_their_number() -> None:
-    """They lie nearer to the gradient: at the rate of one group, 16 groups of 4096 diverge on 135 million weights."""
-    plain, grouped = directions("hadamard", 16, [5]), directions("hadamard", 16, [5, 6], 4)
-    rates = [
-        coordinate_rate(SeedLedger(bank, 20, 0, bytes(32), np.zeros(bank.size, np.int32)), 0.02, 0.18, "ann")
-        for bank in (plain, grouped)
-    ]
-    assert rates[0] == 2 * rates[1]
+@pytest.mark.parametrize(
+    ("bank", "seeds", "groups", "shorter"),
+    [("hadamard", 4096, 1, 1), ("hadamard", 4096, 4, 2), ("hadamard", 256, 16, 1), ("kron", 64, "tensor", 1)],
+)
+def test_steps_of_more_than_4096_numbers_are_shorter_by_the_square_root(
+    bank: str, seeds: int, groups: Any, shorter: float
+) -> None:
+    """They lie nearer to the gradient: at one rate for all, 16 groups of 4096 diverge on 135 million weights.
+
+    However many groups there are, fewer numbers in all lie no nearer.
+    """
+    chosen = directions(bank, seeds, [5, 6], groups, range(35))
+    ledger = SeedLedger(chosen, 20, 0, bytes(32), np.zeros(chosen.size, np.int32))
+    expected = 0.02 * 0.18 * 2**20 / math.sqrt(seeds) / shorter
+    assert coordinate_rate(ledger, 0.02, 0.18, "ann") == pytest.approx(expected, rel=1e-12)
 
 
 def test_weights_that_are_all_zero_have_no_share(examples: Any) -> None:
@@ -164,7 +171,7 @@ def test_only_the_newest_bank_moves(examples: Any) -> None:
     found = run(position, start, examples, 2)
     assert len(found.numbers) == 4
     assert [at[:4] for at in position.at] == [[9, -9, 8, -8]] * 2
-    assert position.at[1][4:] == [1 + 32, 2 + 32, 3 - 32, 4]
+    assert position.at[1][4:] == [1 + 45, 2 + 45, 3 - 45, 4]
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_counted(examples: Any) -> None:
