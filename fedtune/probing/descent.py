@@ -216,15 +216,15 @@ def small_numbers(moved: Array, *, bits: int, largest_shift: int) -> tuple[Array
     while shift < largest_shift and round(math.ldexp(largest, -shift)) > most:
         shift += 1
 
-    def rounded(shift: int) -> Array:
+    def numbers_with(shift: int) -> Array:
         return np.clip(np.rint(np.ldexp(moved, -shift)), -most, most)
 
     def error(shift: int) -> float:
-        return float(np.square(moved - np.ldexp(rounded(shift), shift)).sum())
+        return float(np.square(moved - np.ldexp(numbers_with(shift), shift)).sum())
 
     # From the largest on, so that of equal ones it is the shift at which nothing is cut.
     shift = min(range(shift, max(-1, shift - CUTS - 1), -1), key=error)
-    return rounded(shift).astype(np.int8), shift
+    return numbers_with(shift).astype(np.int8), shift
 
 
 def loss_at(
