@@ -1,9 +1,10 @@
 """The guard against divergence of FedKSeed: a round that makes the clients' losses rise is undone at half the rate.
 
 Each client states its loss on the same rows before and after its own steps. Where these rise in the middle client by a
-quarter, the steps are too long, and nothing of the round is added. A rise by more than a hundredth may be noise: then
-the losses and the sums of that round are stored, and if the losses are five hundredths above them at the start of a
-later round, the sums are set back. A median over clients decides: no client alone can stop a run, or keep it going.
+quarter, the steps are too long, and nothing of the round is added. A rise by more than a hundredth there may be noise,
+and one by five hundredths in a single client be that client's alone, which the others bear in the mean: then the losses
+and the sums of that round are stored, and if the losses are five hundredths above them at the start of a later round,
+the sums are set back. A median over clients decides: no client alone can stop a run, or keep it going.
 Nothing is stored while the losses fall, so that the states of such runs are as they were without a guard.
 """
 
@@ -22,6 +23,8 @@ from fedtune.tensors import Array, Tensors
 CALM, RISE, SURGE = 0.01, 0.05, 0.25
 """Rises of a loss: within one client's steps, which noise may be; over rounds, which it is not; and of steps too long
 to add. Of runs that went well none rose by more than 0.009 within steps, nor by 0.011 over rounds."""
+LOST = 1e3
+"""Rise of a client's loss that is finite before its steps and not after them."""
 SMALL = 0.4
 """Losses below it count as this large: a rise from 0.01 to 0.02 is noise."""
 
@@ -47,20 +50,34 @@ def losses_of(cohort: Sequence[AdmittedUpdate]) -> Losses:
 
 
 def rise(old: Mapping[str, float], new: Mapping[str, float]) -> float:
-    """Return by which share of itself the loss rose in the middle client; 0 where no client states both.
+    """Return by which share of itself the loss rose in the middle client; 0 where no client states both."""
+    return middle_of([share_of(old[name], new[name]) for name in sorted(old.keys() & new.keys())])
+
+
+def share_of(old: float, new: float) -> float:
+    return (new - old) / max(old, SMALL)
+
+
+def rises_within(losses: Losses) -> Sequence[float]:
+    """Return by which share of itself each client's loss rose within its own steps."""
+    before, after = losses.before, losses.after
+    return [share_of(before[name], after[name]) if name in after else LOST for name in sorted(before)]
+
+
+def middle_of(shares: Sequence[float]) -> float:
+    """Return the rise of the middle client; 0 without any.
 
     Of an even number the smaller one in the middle: more than half of the clients must say so.
 
-    >>> rise({"a": 4.0, "b": 4.0, "c": 4.0}, {"a": 4.0, "b": 5.0, "c": 400.0})
+    >>> middle_of([0.25, 99.0, 0.0])
     0.25
     """
-    shares = sorted((new[name] - old[name]) / max(old[name], SMALL) for name in old.keys() & new.keys())
-    return shares[(len(shares) - 1) // 2] if shares else 0.0
+    return sorted(shares)[(len(shares) - 1) // 2] if shares else 0.0
 
 
 def diverges(state: FedKSeedState, losses: Losses) -> bool:
     """Return whether a round must be undone: its steps were too long, or rounds before it have made the model worse."""
-    return rise(losses.before, losses.after) > SURGE or rise(state.watched, losses.before) > RISE
+    return middle_of(rises_within(losses)) > SURGE or rise(state.watched, losses.before) > RISE
 
 
 def set_back(state: FedKSeedState, losses: Losses) -> FedKSeedState:
@@ -69,7 +86,7 @@ def set_back(state: FedKSeedState, losses: Losses) -> FedKSeedState:
     Raises:
         RoundError: if the rate has been halved too often already.
     """
-    share = max(rise(state.watched, losses.before), rise(losses.before, losses.after))
+    share = max(rise(state.watched, losses.before), middle_of(rises_within(losses)))
     if state.halvings == MOST_HALVINGS:
         raise RoundError(
             f"round {state.round + 1}: expected the clients' losses to fall at 1/{2**MOST_HALVINGS} of the learning "
@@ -103,7 +120,9 @@ def best_sums(state: FedKSeedState) -> Array:
 
 def watch(state: FedKSeedState, after: FedKSeedState, losses: Losses) -> FedKSeedState:
     """Return a round's outcome with the losses and sums of its start, where its losses call for a closer look."""
-    calm = rise(losses.before, losses.after) <= CALM
+    within = rises_within(losses)
+    # One client may add what undoes the work of the others, as where one alone probes: no vote, but a closer look.
+    calm = middle_of(within) <= CALM and max(within, default=0.0) <= RISE
     better = rise(state.watched, losses.before) <= 0
     if calm and better:
         return replace(after, watched={}, best={})

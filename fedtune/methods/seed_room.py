@@ -83,9 +83,11 @@ def growth_of_numbers(state: FedKSeedState, shift: int) -> int:
 
 def full(state: FedKSeedState, what: str) -> RoundError:
     """Return the error of a run whose sums have no room left."""
+    # Where no client probes, the unit does not follow from the step of a scalar.
+    instead = "larger method.scalar_step" if state.probes else "smaller descend.learning_rate"
     return RoundError(
         f"round {state.round + 1}: expected room for {what} in sums of 32 bits; got "
         f"sum |A| = {state.bank.span(state.sums)} with e = {state.exponent}; export the model and start a new run "
-        "from it, or start again with a larger method.scalar_step",
+        f"from it, or start again with a {instead}",
         final=True,
     )

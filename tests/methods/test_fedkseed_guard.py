@@ -48,7 +48,7 @@ def update(state: FedKSeedState, client: str, losses: Pair, scalars: Sequence[in
 def after(
     state: FedKSeedState,
     before: float,
-    end: float,
+    end: float | None,
     lies: Mapping[str, Pair] | None = None,
     scalars: Sequence[int] = (9, -5, 7, 1),
 ) -> FedKSeedState:
@@ -109,6 +109,20 @@ def test_what_is_stored_follows_the_losses_down_and_is_dropped_when_they_are_cal
     assert lower.best["a"].tolist() == state.sums.tolist()
     calm = after(lower, 3.7, 3.7)
     assert (calm.watched, calm.best) == ({}, {})
+
+
+def test_what_one_client_breaks_for_all_is_undone_a_round_later() -> None:
+    """As where one client alone probes, at too long steps: the others go down, and the sums do not."""
+    start = first()
+    broken = after(start, 5.5, 5.4, {"eve": (5.5, 17.0)})
+    assert (broken.halvings, broken.best["a"].tolist()) == (0, start.sums.tolist())
+    back = after(broken, 8.3, 8.2)
+    assert (back.halvings, back.sums.tolist()) == (1, start.sums.tolist())
+
+
+def test_losses_that_are_finite_before_the_steps_alone_have_risen() -> None:
+    assert after(first(), 4.0, None).halvings == 1
+    assert after(first(), 4.0, 3.9, {"eve": (4.0, None)}).halvings == 0
 
 
 @pytest.mark.parametrize("losses", [[(4.0, 3.9), (3.9, 3.93), (3.8, 3.81)], [(None, None)] * 3, [(0.02, 0.021)] * 3])

@@ -45,6 +45,7 @@ def test_a_run_ends_where_numbers_such_as_before_have_no_room() -> None:
     with pytest.raises(RoundError, match="expected room for the numbers of a client that descends in sums") as error:
         largest_shift(replace(state, widest=4), DESCENT)
     assert error.value.final
+    assert "with a smaller descend.learning_rate" in str(error.value)
     # Of steps that reach no further it is no loss.
     assert largest_shift(replace(state, widest=4), Training(learning_rate=1e-5, steps=1)) == 0
     with pytest.raises(RoundError, match="expected room"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fedtune.directions.sampling import SHARED
 from fedtune.link.settings import Policy
 from fedtune.messages import Assignment, DescendSeeds, ProbeSeeds, Proximal, SeedTask, SumClasses, Training, TrainLora
 from fedtune.wire.v1 import link_pb2 as pb
@@ -19,6 +20,8 @@ def distinct_examples(order: Assignment, num_examples: int) -> int:
     if isinstance(task, SumClasses):
         return num_examples
     steps = training.steps or 0
+    if isinstance(task, ProbeSeeds) and task.curvatures:  # whatever the steps of the rounds after it
+        return min(num_examples, min(SHARED, task.seeds) * training.batch)
     if isinstance(task, ProbeSeeds):  # the queries of a step share its batch
         return min(num_examples, -(-steps // task.queries) * training.batch)
     if isinstance(task, DescendSeeds):

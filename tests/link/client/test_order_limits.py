@@ -74,6 +74,13 @@ def test_queries_of_a_step_share_its_examples() -> None:
     assert distinct_examples(order(SEEDS, steps=16, batch=4), 100) == 64
 
 
+@pytest.mark.guarantee("G4")
+def test_what_a_learning_rate_is_chosen_from_is_of_sixteen_batches_whatever_the_steps() -> None:
+    measuring = order(replace(SEEDS, seeds=64, calibrate=True, curvatures=True), steps=200, batch=1)
+    assert distinct_examples(measuring, 100) == 16
+    assert [text[:17] for text in vetoes(Policy(min_examples=17), measuring)] == ["TOO_FEW_EXAMPLES "]
+
+
 @pytest.mark.parametrize("allowed", [False, True])
 def test_seeds_move_embeddings_only_where_the_site_says_so(allowed: bool) -> None:
     asked = order(replace(SEEDS, embeddings=True), steps=16, batch=4)
