@@ -104,6 +104,7 @@ def init(blueprint: Blueprint, settings: FedKSeedSettings) -> FedKSeedState:
         trainable=list(ordinals),
         exponent=exponent if probes else DESCENDING.start,
         calibrated=settings.scalar_step != "auto" or not probes,
+        guarded=True,
         coarseness=coarseness if probes else 0,
         longest=0,
         accumulators={"a": zeros.astype(np.int32)},

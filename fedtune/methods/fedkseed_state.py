@@ -187,6 +187,8 @@ class FedKSeedState:
     """The head that takes the place of the base's, by parameter name, float32; empty: the base's own."""
     grown: int = field(default=0, metadata=OMIT_EMPTY)
     """By how much a round in which clients descended has let sum |A| at a position grow at most, and at least 1."""
+    guarded: bool = field(default=False, metadata=OMIT_EMPTY)
+    """Whether rounds that diverge are undone; not so in runs of releases before 0.3, which go on as they began."""
     halvings: int = field(default=0, metadata=OMIT_EMPTY)
     """How often learning rates were halved, since the clients' losses rose."""
     rose: Mapping[str, float] = field(default_factory=dict, metadata=OMIT_EMPTY)

@@ -88,15 +88,18 @@ SPLITS = st.one_of(
     some(Split, kind="files", by=None, clients=None, alpha=None, sizes=None),
 )
 LENGTHS = st.sampled_from([(3, None), (None, 0.5)])
+RATES = st.floats(1e-9, 1.0)
+"""Where the first round measures none."""
 CHANGES = st.fixed_dictionaries(
     {"batch": st.integers(1, 9)},
     optional={
         name: anything(hint)
         for name, hint in get_type_hints(Training, include_extras=True).items()
-        if name not in ("batch", "steps", "epochs", "optimizer", "momentum")
-    },
+        if name not in ("batch", "steps", "epochs", "optimizer", "momentum", "learning_rate")
+    }
+    | {"learning_rate": RATES},
 )
-FEWER = st.fixed_dictionaries({"batch": st.integers(1, 9)}, optional={"learning_rate": st.floats(1e-9, 1.0)})
+FEWER = st.fixed_dictionaries({"batch": st.integers(1, 9)}, optional={"learning_rate": RATES})
 BATCH_ALONE = st.fixed_dictionaries({"batch": st.integers(1, 9)})
 
 
@@ -157,7 +160,6 @@ def recipes(draw: st.DrawFn) -> Recipe:
     if verb == "descend":
         steps = None
     fewer = FEWER if probes else BATCH_ALONE
-    beginning: dict[str, Any] = {} if METHODS[method.name].start else {"start": None}
     rank = st.none() | st.integers(1, 64) if METHODS[method.name].ranks == "any" and adapts else st.none()
     glob = st.sampled_from(["client-1", "client-[0-4]", "*", "ü?"])
     row = st.builds(
@@ -167,6 +169,9 @@ def recipes(draw: st.DrawFn) -> Recipe:
     rounds = draw(
         some(Schedule, cohort=draw(st.none() | st.floats(0.01, 1) | st.just(1)), min_clients=1, metric=metric)
     )
+    beginning: dict[str, Any] = {} if METHODS[method.name].start else {"start": None}
+    head = draw(st.sampled_from(["drawn", "lda"])) if task == "classification" and rounds.count > 1 else "drawn"
+    beginning |= {"head": head} | ({"start": None} if head == "lda" else {})
     steady = {"final_rate": Schedule.final_rate} if rounds.schedule == "constant" else {}
     packing: dict[str, Any] = {} if task == "causal" else {"packing": False}
     unquantised = st.sampled_from(["auto", "float32", "bfloat16"]).map(lambda dtype: {"dtype": dtype} | PLAIN)
@@ -201,6 +206,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
                 steps=steps,
                 epochs=epochs,
                 **{**packing, **({"optimizer": "sgd"} if adapts else IDLE)},
+                **({"learning_rate": draw(RATES)} if adapts else {}),
                 **({"learning_rate": Training.learning_rate} if verb == "descend" else {}),
             )
         ),

@@ -165,7 +165,7 @@ def test_a_probe_comes_back_exactly(
     ("change", "named"),
     [
         ({"settings": b"{}"}, "the fields of the verb PROBE; got settings"),
-        ({"down": [pb.Blob(role="global")]}, "the fields of the verb PROBE; got down"),
+        ({"down": [pb.Blob(role="global")]}, r"expected the role head, once, or none; got \['global'\]"),
         ({"local": pb.LocalAdapter(rank_penalty=1e30)}, "the fields of the verb PROBE; got local"),
         ({"surgery": pb.Surgery(wanted=True)}, "the fields of the verb PROBE; got surgery"),
         ({"plan": pb.Plan(client="bank-1", rank=4)}, "a plan that names a client, and nothing else"),
