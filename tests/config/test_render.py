@@ -122,6 +122,7 @@ def seeded(draw: st.DrawFn) -> FedKSeedSettings:
             groups=1 if bank == "kron" else draw(st.sampled_from([1, 4, 64])),
             verb="probe",
             scalar_bits=8,
+            **({"redraw": 0} if sampling == "pro" else {}),
         )
     )
     if (sampling, drawn.estimator, drawn.public_log) == ("uniform", "two-sided", False):
