@@ -164,13 +164,14 @@ def with_defaults(table: Mapping[str, Any], root: Path, objects: Objects) -> Map
     descend, how is written out; where all do, none has steps of probing.
     """
     tables, client, data = dict(table), table.get("client", {}), table.get("data")
-    verbs = verbs_in(table)
+    seeds = measures_seeds(table, objects)
+    # Another method's table has no such key: its own fault says so.
+    verbs = verbs_in(table) if seeds else set[str]()
     if {"descend", "auto"} & verbs:
         tables.setdefault("descend", {})
     if isinstance(client, Mapping) and not {"steps", "epochs"} & client.keys() and verbs != {"descend"}:
         tables["client"] = client = {**client, "steps": STEPS}
-    probes = verbs != {"descend"} and measures_seeds(table, objects)
-    if isinstance(client, Mapping) and "learning_rate" not in client and probes:
+    if isinstance(client, Mapping) and "learning_rate" not in client and seeds and verbs != {"descend"}:
         tables["client"] = {**client, "learning_rate": "auto"}
     if isinstance(data, Mapping) and "split" not in data:
         several = count_files(data.get("source"), root) > 1

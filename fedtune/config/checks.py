@@ -23,6 +23,7 @@ from fedtune.config.verb_checks import (
     client_steps_faults,
     descend_table_faults,
     override_verb_faults,
+    probing_key_faults,
     scalar_bits_faults,
 )
 from fedtune.data.settings import TEMPLATES, DataSettings, Split
@@ -278,6 +279,12 @@ def target_faults(recipe: Recipe) -> Iterator[Fault]:
         yield Fault("adapter.modules_to_save", expected, display(module), hint)
 
 
+def pooling_faults(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.model.pooling != "auto" and recipe.model.task != "classification":
+        hint = 'set model.task = "classification", or leave it out'
+        yield Fault("model.pooling", "auto without classes", display(recipe.model.pooling), hint)
+
+
 def head_faults(recipe: Recipe) -> Iterator[Fault]:
     """Refuse a head from class sums where there are no classes, another head already, or no round after it."""
     adapter = recipe.adapter
@@ -336,7 +343,8 @@ def method_faults(recipe: Recipe) -> Iterator[Fault]:
     """Yield what the method itself says of its settings, given the steps of a round of each kind of client."""
     method, overrides = method_type_of(recipe), [override.training for override in recipe.override]
     steps = [recipe.client.steps, *(o.get("steps") for o in overrides if o.keys() & {"steps", "epochs"})]
-    yield from method.faults(recipe.method, steps)
+    # Where all descend, no steps of probing limit what the method may be set to.
+    yield from method.faults(recipe.method, [] if requested_verbs(recipe) == {"descend"} else steps)
     counts = [count for count in steps if count is not None]
     if method.task is ProbeSeeds and any(count > MAX_STEPS for count in counts):
         yield Fault("client.steps", f"at most {MAX_STEPS} scalars a round", str(max(counts)))
@@ -450,6 +458,7 @@ RULES: Sequence[Rule] = (
     torch_device_faults,
     quantised_base_faults,
     target_faults,
+    pooling_faults,
     head_faults,
     rank_faults,
     training_length_faults,
@@ -459,6 +468,7 @@ RULES: Sequence[Rule] = (
     override_verb_faults,
     descend_table_faults,
     client_steps_faults,
+    probing_key_faults,
     scalar_bits_faults,
     accumulator_faults,
     method_faults,

@@ -10,6 +10,7 @@ from fedtune.config.recipe import Recipe, method_type_of, requested_verbs
 from fedtune.directions.space import MAX_ACCUMULATORS, MAX_BANKS
 from fedtune.errors import Fault
 from fedtune.messages import VERBS, ProbeSeeds, Training
+from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.planning.verbs import DESCENDING
 from fedtune.wire.probe import MAX_STEPS
 
@@ -45,6 +46,17 @@ def descend_table_faults(recipe: Recipe) -> Iterator[Fault]:
     for path, steps in rows:
         if steps > MAX_STEPS:
             yield Fault(f"{path}.steps", f"at most {MAX_STEPS} steps a round", str(steps))
+
+
+def probing_key_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yield how the method lets clients probe, where no client does."""
+    if requested_verbs(recipe) != {"descend"} or not isinstance(recipe.method, FedKSeedSettings):
+        return
+    usual = FedKSeedSettings()
+    for key in ("estimator", "queries", "normalise", "clip", "largest_rate"):
+        if (value := getattr(recipe.method, key)) != (default := getattr(usual, key)):
+            expected = f"{display(default)} where every client descends, and none probes"
+            yield Fault(f"method.{key}", expected, display(value), "leave it out")
 
 
 def client_steps_faults(recipe: Recipe) -> Iterator[Fault]:

@@ -166,8 +166,8 @@ def rate_for(choice: Mapping[str, float], estimator: Estimator, *, queries: int,
 def no_signal(round: int, got: str) -> RoundError:
     return RoundError(
         f"round {round}: expected slopes of the loss that clients agree on, for client.learning_rate to follow from; "
-        f"got {got}; a drawn head gives no signal along random directions: set adapter.head = 'lda'; or give more "
-        "examples, a larger client.batch, or a number as client.learning_rate",
+        f"got {got}; give more examples, a larger client.batch, or a number as client.learning_rate; or, of a "
+        "classifier, whose drawn head gives no signal along random directions, set adapter.head = 'lda'",
         final=True,
     )
 

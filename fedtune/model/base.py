@@ -456,13 +456,17 @@ def digest(model: nn.Module, *, leave_out: Sequence[str] = ()) -> str:
 
 
 def manifest_of(model: nn.Module) -> Manifest:
-    """Return the manifest of a model's parameters; see `Base.manifest`."""
+    """Return the manifest of a model's parameters, of those without numbers by their shapes; see `Base.manifest`."""
     # By the bytes of the name, on every machine: the place in this order is a tensor's ordinal.
     faults, entries = [], []
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0].encode()):
         kind = parameter.dtype
         if kind not in DTYPES.values():
             faults.append(Fault(name, f"weights in {', '.join(DTYPES)}", str(kind), "convert the base"))
+            continue
+        if parameter.is_meta:
+            outline = describe_tensor(name, as_array(torch.empty(0, dtype=kind)))
+            entries.append(replace(outline, shape=tuple(parameter.shape)))
             continue
         array = as_array(parameter.detach().cpu().contiguous())
         if fault := tensor_fault(name, array):

@@ -75,8 +75,7 @@ class Experiment:
 
     @cached_property
     def _blueprint(self) -> Blueprint:
-        recipe, sized = self.recipe, not self.base.digest
-        whole = method_of(recipe).task is ProbeSeeds and not sized
+        recipe, whole = self.recipe, method_of(self.recipe).task is ProbeSeeds
         blueprint = self.base.blueprint(max_rank=largest_rank(recipe), seed=recipe.seed, whole=whole)
         classes = len(self.federation.labels) if recipe.adapter.head == "lda" else 0
         own = pruning_of(recipe, self.base, self.federation.labels)
@@ -174,8 +173,6 @@ def prepare(recipe: Recipe, watch: Watch = lambda event: None, *, sizes_alone: b
     check_ranks(recipe, base.modules)
     experiment = Experiment(recipe=recipe, federation=federation, base=base)
     check_pruning(experiment.blueprint)
-    if sizes_alone and method_of(recipe).task is ProbeSeeds:
-        return experiment  # its state is over every number of the base
     if not sizes_alone:
         check_start_base(start_adapter(recipe), base.digest)
     start_state(recipe, experiment.blueprint)  # a base that the method refuses is refused before anything is written

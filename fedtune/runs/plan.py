@@ -9,7 +9,7 @@ from typing import Any
 
 from fedtune.config import bind_for_sites, render
 from fedtune.config.pinning import pin_digest
-from fedtune.config.recipe import AT_SITES
+from fedtune.config.recipe import AT_SITES, possible_verbs
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.machine import available_bytes
 from fedtune.rounds.schedule import rate_text
@@ -61,7 +61,11 @@ def plan(
         counts = ", ".join(f"{name} {count:,}" for name, count in list(experiment.fleet.items())[:8])
         notes.append(f"training examples: {counts}{', ...' * (len(experiment.fleet) > 8)}")
     if (rounds := whole.rounds).schedule != "constant" or rounds.warmup:
-        notes.append(f"learning rate: {rate_text(whole.client.learning_rate, rounds)}")
+        verbs = possible_verbs(whole)
+        if verbs != ("descend",):
+            notes.append(f"learning rate: {rate_text(whole.client.learning_rate, rounds)}")
+        if whole.descend is not None:
+            notes.append(f"learning rate of descending: {rate_text(whole.descend.learning_rate, rounds)}")
     notes += saturation_notes(whole, experiment.blueprint, list(experiment.fleet))
     if pin:
         path = Path(str(recipe))

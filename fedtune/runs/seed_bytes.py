@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedtune.directions.sampling import SHARED
 from fedtune.messages import (
     Blueprint,
     ClientUpdate,
@@ -14,6 +15,7 @@ from fedtune.messages import (
     Measured,
     PlannedClient,
     ProbeResult,
+    SeedResult,
 )
 from fedtune.methods import METHODS
 from fedtune.methods.fedkseed_state import FedKSeedSettings
@@ -37,21 +39,23 @@ def seed_bytes(
         rounds: of the run.
         examples: of the client.
     """
-    # Without the base's numbers, which no message of an order depends on.
-    state = METHODS["fedkseed"].init(replace(blueprint, manifest=b""), settings)
-    if settings.groups == "tensor":  # how many tensors there are, the layers say
-        state = replace(state, trainable=range(len(blueprint.modules)))
+    state = METHODS["fedkseed"].init(blueprint, settings)
     # In the last round, with all banks; one of the sums does not fit into 16 bits, so that all take 32.
     sums = np.ones(state.bank_of(rounds - 1).size, np.int32)
     sums[0] = 2**15
     state = replace(state, accumulators={"a": sums}, calibrated=True, round=rounds - 1)
     assignment = METHODS["fedkseed"].assign(state, blueprint.seed, planned)
     down = len(encode_assignment(replace(assignment, base="0" * 64)).header)
-    result: ProbeResult | DescendResult
+    result: SeedResult
     if isinstance(assignment.task, DescendSeeds):
         numbers = np.ones(assignment.task.count, np.int8)
         result = DescendResult(numbers, 8, assignment.task.bits, bytes(8), DIGESTS)
     else:
         result = ProbeResult(np.ones(planned.plan.training.steps or 1, np.int8), bytes(8), DIGESTS)
-    up = len(encode_update(ClientUpdate(planned.plan.client, rounds, examples, result, MEASURED)))
-    return down, up
+    sent = [result]
+    if "auto" in (planned.plan.training.learning_rate, planned.probing and planned.probing.learning_rate):
+        # In the first round, which measures the rate, in place of the others.
+        slopes = (1.0,) * min(SHARED, settings.seeds)
+        sent.append(ProbeResult(np.ones(0, np.int8), bytes(8), DIGESTS, slopes=slopes, curvatures=slopes))
+    up = [len(encode_update(ClientUpdate(planned.plan.client, rounds, examples, one, MEASURED))) for one in sent]
+    return down, max(up)

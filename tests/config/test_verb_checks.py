@@ -38,6 +38,8 @@ def bound(*overrides: str, text: str = SEEDS) -> Recipe:
             '"probe", "descend" or "auto", as all',
         ),
         (SHORTEST, ["method.verb=descend"], "method.verb", "unknown key"),
+        (UNSET, ["method.verb=descend", "method.estimator=one-sided"], "method.estimator", "'two-sided' where every"),
+        (UNSET, ["method.verb=descend", "method.clip=none"], "method.clip", "'quantile' where every client descends"),
         (SEEDS, ["method.verb=adapt"], "method.verb", "got 'adapt'"),
         (SEEDS, ["descend.steps=4"], "descend", "no table where no client descends; got one; set method.verb"),
         (SHORTEST, ["descend.steps=4"], "descend", "no table where no client descends"),
@@ -92,6 +94,15 @@ def test_what_does_not_go_together_is_refused_by_its_key(
 ) -> None:
     messages = faulty(*overrides, text=text)
     assert any(word in messages[path] for word in words.split("|")), messages
+
+
+def test_a_verb_of_another_method_is_the_only_fault(faulty: Faulty) -> None:
+    text = SHORTEST.replace("client = { steps = 20, batch = 4, learning_rate = 3e-4 }", "client = { batch = 4 }")
+    assert list(faulty("method.verb=descend", text=text)) == ["method.verb"]
+
+
+def test_pooling_without_classes_is_refused(faulty: Faulty) -> None:
+    assert "auto without classes; got 'mean'" in faulty("model.pooling=mean", text=SHORTEST)["model.pooling"]
 
 
 def test_a_recipe_in_which_all_probe_is_as_before() -> None:

@@ -32,6 +32,9 @@ def test_sizes_are_those_of_the_loaded_base(name: str, task: Any, dtype: Any, ch
     shapes = [{n: (a.shape, a.dtype) for n, a in base.saved_tensors().items()} for base in (sized, whole)]
     assert shapes[0] == shapes[1]
     assert all(not np.any(array) for array in sized.saved_tensors().values())
+    # Directions of seeds are counted, and chosen by `method.trainable`, before weights are read.
+    listed = [[(e.name, e.dtype, e.shape) for e in base.manifest.entries] for base in (sized, whole)]
+    assert listed[0] == listed[1]
 
 
 def test_names_come_from_headers_alone(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from fedtune.directions.seed_ledger import describe_base
 from fedtune.messages import Blueprint, Plan, PlannedClient, Training
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.runs.seed_bytes import seed_bytes
 
-BLUEPRINT = Blueprint({"a": (8, 8), "b": (8, 8), "c": (8, 8)}, {}, max_rank=1, seed=0, verbs=("descend", "probe"))
+LAYERS = dict.fromkeys("abc", (8, 8))
+BASE = describe_base(
+    {**{f"{name}.weight": np.zeros((8, 8), np.float32) for name in LAYERS}, "norm": np.zeros(8, np.float32)}
+)
+BLUEPRINT = Blueprint(LAYERS, {}, max_rank=1, seed=0, manifest=BASE.encode(), verbs=("descend", "probe"))
 PROBING = PlannedClient(Plan("ann", 1, 1.0, Training(steps=7, learning_rate=2e-4)), verb="probe")
 DESCENT = PlannedClient(
     Plan("ann", 1, 1.0, Training(steps=7, learning_rate=0.02)), verb="auto", probing=PROBING.plan.training
@@ -25,6 +31,8 @@ DESCENT = PlannedClient(
         ({"groups": 4}, 1, 4),
         ({"groups": 4, "redraw": 4}, 3, 4),
         ({"bank": "kron", "groups": "tensor"}, 1, 3),
+        ({"groups": "tensor"}, 1, 4),  # the norm too, which is no layer
+        ({"groups": "tensor", "trainable": ["?.weight"]}, 1, 3),
         ({"scalar_bits": 2}, 1, 1),
     ],
 )
@@ -44,3 +52,12 @@ def test_runs_that_only_probe_are_counted_as_before() -> None:
     down, up = seed_bytes(FedKSeedSettings(seeds=1024), alone, PROBING, rounds=30, examples=100)
     assert 4 * 1024 < down < 4 * 1024 + 1024
     assert up < 7 + 512
+
+
+def test_the_round_that_measures_a_rate_is_within_the_most_bytes() -> None:
+    by_hand = seed_bytes(FedKSeedSettings(seeds=256), BLUEPRINT, PROBING, rounds=9, examples=100)[1]
+    training = replace(PROBING.plan.training, learning_rate="auto")
+    planned = replace(PROBING, plan=replace(PROBING.plan, training=training))
+    measuring = seed_bytes(FedKSeedSettings(seeds=256), BLUEPRINT, planned, rounds=9, examples=100)[1]
+    # 16 slopes and 16 curvatures of four bytes in place of seven scalars of one.
+    assert by_hand + 2 * 16 * 4 - 7 <= measuring < by_hand + 2 * 16 * 4 + 8
