@@ -24,7 +24,7 @@ from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.schedule import cohort_size
 from fedtune.runs.fleet import Fleet
 from fedtune.runs.rehearsal import LARGEST, Rehearsal, grows, rehearse
-from fedtune.runs.seed_bytes import seed_bytes
+from fedtune.runs.seed_bytes import measuring_bytes_up, seed_bytes
 
 NETWORK_MBPS = 10.0
 """Bandwidth both ways where no device is simulated; assumed."""
@@ -174,9 +174,10 @@ def bill_of(
         by_round = [(sum(t.down for t in r.traffic.values()), sum(t.up for t in r.traffic.values())) for r in results]
     else:
         both = [estimated_bytes(fleet, blueprint, name, count, memory_gb) for name, count in examples.items()]
-        by_round = [
-            (round(sum(d for d, _ in both) * cohort / len(both)), round(sum(u for _, u in both) * cohort / len(both)))
-        ]
+        down, up = (round(sum(part) * cohort / len(both)) for part in zip(*both, strict=True))
+        first = first_bytes_up(recipe, examples)
+        by_round = [(down, up)] if first is None else [(down, round(first * cohort / len(both))), (down, up)]
+        by_round = by_round[: recipe.rounds.count]
     clients = [
         client_bill(
             fleet, name, count, usual_bytes(fleet, blueprint, name, count, last, memory_gb), memory_gb, calibration
@@ -276,6 +277,14 @@ def estimated_bytes(
         return seed_bytes(recipe.method, blueprint, planned, rounds=recipe.rounds.count, examples=examples)
     down, up = fleet.traffic(requested_arm(recipe, client))
     return round(down), round(up)
+
+
+def first_bytes_up(recipe: Recipe, examples: Mapping[str, int]) -> int | None:
+    """Return the bytes up of all clients in a first round that measures their learning rate; None in other runs."""
+    requests = [verb_request(recipe, name).probing for name in examples]
+    if isinstance(recipe.method, FedKSeedSettings) and any(r and r.learning_rate == "auto" for r in requests):
+        return sum(measuring_bytes_up(recipe.method, name, count) for name, count in examples.items())
+    return None
 
 
 def client_bill(

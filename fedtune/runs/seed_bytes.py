@@ -15,7 +15,6 @@ from fedtune.messages import (
     Measured,
     PlannedClient,
     ProbeResult,
-    SeedResult,
 )
 from fedtune.methods import METHODS
 from fedtune.methods.fedkseed_state import FedKSeedSettings
@@ -46,16 +45,18 @@ def seed_bytes(
     state = replace(state, accumulators={"a": sums}, calibrated=True, round=rounds - 1)
     assignment = METHODS["fedkseed"].assign(state, blueprint.seed, planned)
     down = len(encode_assignment(replace(assignment, base="0" * 64)).header)
-    result: SeedResult
+    result: ProbeResult | DescendResult
     if isinstance(assignment.task, DescendSeeds):
         numbers = np.ones(assignment.task.count, np.int8)
         result = DescendResult(numbers, 8, assignment.task.bits, bytes(8), DIGESTS)
     else:
         result = ProbeResult(np.ones(planned.plan.training.steps or 1, np.int8), bytes(8), DIGESTS)
-    sent = [result]
-    if "auto" in (planned.plan.training.learning_rate, planned.probing and planned.probing.learning_rate):
-        # In the first round, which measures the rate, in place of the others.
-        slopes = (1.0,) * min(SHARED, settings.seeds)
-        sent.append(ProbeResult(np.ones(0, np.int8), bytes(8), DIGESTS, slopes=slopes, curvatures=slopes))
-    up = [len(encode_update(ClientUpdate(planned.plan.client, rounds, examples, one, MEASURED))) for one in sent]
-    return down, max(up)
+    up = len(encode_update(ClientUpdate(planned.plan.client, rounds, examples, result, MEASURED)))
+    return down, up
+
+
+def measuring_bytes_up(settings: FedKSeedSettings, client: str, examples: int) -> int:
+    """Return the most bytes up of a client in the first round, where that measures the learning rate of probing."""
+    slopes = (1.0,) * min(SHARED, settings.seeds)
+    result = ProbeResult(np.ones(0, np.int8), bytes(8), DIGESTS, slopes=slopes, curvatures=slopes)
+    return len(encode_update(ClientUpdate(client, 1, examples, result, MEASURED)))

@@ -11,7 +11,7 @@ import pytest
 from fedtune.directions.seed_ledger import describe_base
 from fedtune.messages import Blueprint, Plan, PlannedClient, Training
 from fedtune.methods.fedkseed_state import FedKSeedSettings
-from fedtune.runs.seed_bytes import seed_bytes
+from fedtune.runs.seed_bytes import measuring_bytes_up, seed_bytes
 
 LAYERS = dict.fromkeys("abc", (8, 8))
 BASE = describe_base(
@@ -54,10 +54,6 @@ def test_runs_that_only_probe_are_counted_as_before() -> None:
     assert up < 7 + 512
 
 
-def test_the_round_that_measures_a_rate_is_within_the_most_bytes() -> None:
-    by_hand = seed_bytes(FedKSeedSettings(seeds=256), BLUEPRINT, PROBING, rounds=9, examples=100)[1]
-    training = replace(PROBING.plan.training, learning_rate="auto")
-    planned = replace(PROBING, plan=replace(PROBING.plan, training=training))
-    measuring = seed_bytes(FedKSeedSettings(seeds=256), BLUEPRINT, planned, rounds=9, examples=100)[1]
-    # 16 slopes and 16 curvatures of four bytes in place of seven scalars of one.
-    assert by_hand + 2 * 16 * 4 - 7 <= measuring < by_hand + 2 * 16 * 4 + 8
+def test_the_round_that_measures_a_rate_sends_two_floats_for_each_of_sixteen_directions() -> None:
+    assert 2 * 16 * 4 < measuring_bytes_up(FedKSeedSettings(seeds=256), "ann", 100) < 2 * 16 * 4 + 100
+    assert 2 * 4 * 4 < measuring_bytes_up(FedKSeedSettings(seeds=4), "ann", 100) < 2 * 4 * 4 + 100
