@@ -229,10 +229,10 @@ UPDATES: Mapping[str, ClientUpdate] = {
             result=DescendResult(
                 np.array([bound, -bound, 0, 1, -1], np.int8),
                 5,
-                bits,
+                bits,  # type: ignore[arg-type]
                 b"12345678",
                 bytes(range(16)),
-                skipped=1,  # type: ignore[arg-type]
+                skipped=1,
             ),
             measured=Measured(seconds=1.5, peak_bytes=3 * 2**20, tokens=900, loss_before=2.5, loss_after=2.25),
         )
