@@ -150,7 +150,8 @@ def stored_bytes(base: Base, batch: Batch) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             stored[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Without its history: an output that its own step stores would keep itself, and the weights, alive for good.
+        return tensor.detach()
 
     # Alive to the end: memory that is let go of would be counted again under the same address.
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):

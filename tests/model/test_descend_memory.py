@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +54,27 @@ def test_what_a_long_batch_stores_is_foretold_from_two_short_ones(
 def test_nothing_is_stored_where_nothing_is_trained(loaded: Any, examples: Any) -> None:
     base = loaded(targets=["all-linear"])
     assert stored_bytes(base, collate(examples(3), base)) == 0
+
+
+def test_counting_lets_go_of_activations_and_of_the_copy_of_the_weights(loaded: Any, examples: Any) -> None:
+    """Each client would otherwise take as much memory as the model has, until there is none."""
+    base = loaded(targets=["all-linear"])
+    ledger, alive = ledger_of(base), list[weakref.ref[torch.Tensor]]()
+    softmax = torch.nn.functional.softmax
+
+    def watched(*args: Any, **options: Any) -> torch.Tensor:
+        # Its backward pass reads its own output.
+        alive.append(weakref.ref(out := softmax(*args, **options)))
+        return out
+
+    with at_dense_slope(base, ledger, reached(base)) as position, pytest.MonkeyPatch.context() as patch:
+        position.move(ledger.accumulators)
+        patch.setattr(torch.nn.functional, "softmax", watched)
+        patch.setattr(base.model.config, "_attn_implementation", "eager")
+        assert stored_bytes(base, collate(examples(3), base)) > 0
+    gc.collect()
+    assert alive
+    assert not any(reference() is not None for reference in alive)
 
 
 def test_kron_stores_less_than_a_bank_that_needs_gradients_of_weights(loaded: Any, examples: Any) -> None:
