@@ -127,7 +127,11 @@ def seeded(draw: st.DrawFn) -> FedKSeedSettings:
     )
     if (sampling, drawn.estimator, drawn.public_log) == ("uniform", "two-sided", False):
         verb = draw(some_of("verb"))
-        return replace(drawn, verb=verb, scalar_bits=8 if verb == "probe" else draw(some_of("scalar_bits")))
+        bits = 8 if verb == "probe" else draw(some_of("scalar_bits"))
+        # Where every client descends, keys of probing are refused.
+        probing = {"queries", "normalise", "clip", "largest_rate"} if verb == "descend" else set[str]()
+        usual = {name: getattr(FedKSeedSettings(), name) for name in probing}
+        return replace(drawn, verb=verb, scalar_bits=bits, **usual)
     return drawn
 
 
@@ -190,6 +194,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
                 kernels="auto",
                 **draw(formats if adapts else unquantised),
                 **({} if adapts else {"processes": 1}),
+                **({"pooling": "auto"} if task == "causal" else {}),
             )
         ),
         adapter=draw(

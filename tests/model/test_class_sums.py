@@ -51,7 +51,7 @@ def test_batches_by_length_change_no_count(base: Base) -> None:
 
 
 def test_a_client_without_examples_and_one_of_another_base_fail(base: Base) -> None:
-    with pytest.raises(ClientError, match="ann: expected 1 to 33554432 training examples; got 0"):
+    with pytest.raises(ClientError, match="ann: expected 1 to 33554431 training examples; got 0"):
         perform(base, [], ORDER, threads=1)
     with pytest.raises(ClientError, match="ann: expected base 00000"):
         perform(base, [LONG], replace(ORDER, base="0" * 64), threads=1)
