@@ -130,7 +130,7 @@ def seeded(draw: st.DrawFn) -> FedKSeedSettings:
         bits = 8 if verb == "probe" else draw(some_of("scalar_bits"))
         # Where every client descends, keys of probing are refused.
         probing = {"queries", "normalise", "clip", "largest_rate"} if verb == "descend" else set[str]()
-        usual = {name: getattr(FedKSeedSettings(), name) for name in probing}
+        usual: dict[str, Any] = {name: getattr(FedKSeedSettings(), name) for name in probing}
         return replace(drawn, verb=verb, scalar_bits=bits, **usual)
     return drawn
 
