@@ -127,7 +127,7 @@ def seeded(draw: st.DrawFn) -> FedKSeedSettings:
     )
     if (sampling, drawn.estimator, drawn.public_log) == ("uniform", "two-sided", False):
         verb = draw(some_of("verb"))
-        bits = 8 if verb == "probe" else draw(some_of("scalar_bits"))
+        bits: Any = 8 if verb == "probe" else draw(some_of("scalar_bits"))
         # Where every client descends, keys of probing are refused.
         probing = {"queries", "normalise", "clip", "largest_rate"} if verb == "descend" else set[str]()
         usual: dict[str, Any] = {name: getattr(FedKSeedSettings(), name) for name in probing}
