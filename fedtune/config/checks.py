@@ -315,6 +315,8 @@ def seed_method_faults(recipe: Recipe) -> Iterator[Fault]:
     if method.task is not ProbeSeeds:
         return
     hint = f"{method.name!r} only measures losses, and trains nothing that this key acts on; leave it out"
+    if recipe.descend is not None:
+        hint = "clients that descend read the table descend: steps, learning_rate, batch and accumulation; leave it out"
     for key, default in IDLE.items():
         value = getattr(recipe.client, key)
         if value != default and (key, value) != ("autocast", "off"):

@@ -40,6 +40,7 @@ def bound(*overrides: str, text: str = SEEDS) -> Recipe:
         (SHORTEST, ["method.verb=descend"], "method.verb", "unknown key"),
         (UNSET, ["method.verb=descend", "method.estimator=one-sided"], "method.estimator", "'two-sided' where every"),
         (UNSET, ["method.verb=descend", "method.clip=none"], "method.clip", "'quantile' where every client descends"),
+        (UNSET, ["method.verb=descend", "client.weight_decay=0.1"], "client.weight_decay", "clients that descend"),
         (SEEDS, ["method.verb=adapt"], "method.verb", "got 'adapt'"),
         (SEEDS, ["descend.steps=4"], "descend", "no table where no client descends; got one; set method.verb"),
         (SHORTEST, ["descend.steps=4"], "descend", "no table where no client descends"),
