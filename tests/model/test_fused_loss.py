@@ -116,7 +116,9 @@ def test_chunks_of_any_size_give_the_loss_and_gradients_of_stock_cross_entropy(
     own = stock(head, hidden, labels)
     torch.testing.assert_close(ours, own, rtol=1e-6, atol=1e-6)
     for left, right in zip(mine, torch.autograd.grad(own / 3, trained), strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5 * size)
+        # Only the gradient of the states shrinks with the head; its own adds up numbers of about 1 that may cancel out.
+        scale = size if left is mine[0] else max(size, 0.1)
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
