@@ -53,10 +53,10 @@ types: $(INSTALLED)
 	@echo "mypy"
 	@$(BIN)/mypy
 
-# Files stay whole: what a module's fixtures set up, as a server of worker processes, then stands in one process.
+# The fast tests draw the same examples in every run of a commit, all of them draw new ones. Files stay whole: what a module's fixtures set up, as a server of worker processes, then stands in one process.
 fast full: $(INSTALLED)
 	@echo "pytest, $@"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(if $(filter full,$@),-m "" --guarantees build/guarantees.json)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(if $(filter full,$@),-m "" --guarantees build/guarantees.json,--hypothesis-profile=repeatable)
 
 guarantees: $(INSTALLED)  ## count anew what the tests of guarantees check, for the page of the documentation; commit before
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder \

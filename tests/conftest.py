@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ from tests.guarantees import (  # noqa: E402
 
 # The libraries read these when they are first imported, which a conftest or a test module does before any hook runs.
 os.environ.update(OFFLINE)
+hypothesis.settings.register_profile("repeatable", derandomize=True)
 
 
 __all__ = ["cases", "pytest_addoption", "pytest_configure", "pytest_pyfunc_call", "pytest_runtest_makereport"]

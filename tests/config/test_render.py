@@ -160,6 +160,13 @@ def recipes(draw: st.DrawFn) -> Recipe:
     adapts = METHODS[method.name].task is TrainLora
     if not adapts:
         steps, epochs = 3, None  # epochs go with some samplings and estimators alone
+    rounds = draw(
+        some(Schedule, cohort=draw(st.none() | st.floats(0.01, 1) | st.just(1)), min_clients=1, metric=metric)
+    )
+    if getattr(method, "redraw", 0):
+        # A bank more after each so many rounds: three at most, which any number of seeds and groups allows.
+        redraw = max(method.redraw, 4, rounds.count // 2)
+        method = replace(method, redraw=redraw if redraw <= 1_000_000 else 0)
     verb = getattr(method, "verb", "adapt")
     probes = verb in ("probe", "auto")
     if verb == "descend":
@@ -171,9 +178,6 @@ def recipes(draw: st.DrawFn) -> Recipe:
         Override, clients=st.lists(glob, min_size=1).map(tuple), rank=rank, training=CHANGES if adapts else fewer
     )
     device = draw(st.sampled_from(["auto", "cpu", "cuda:1"]))
-    rounds = draw(
-        some(Schedule, cohort=draw(st.none() | st.floats(0.01, 1) | st.just(1)), min_clients=1, metric=metric)
-    )
     beginning: dict[str, Any] = {} if METHODS[method.name].start else {"start": None}
     head = draw(st.sampled_from(["drawn", "lda"])) if task == "classification" and rounds.count > 1 else "drawn"
     beginning |= {"head": head} | ({"start": None} if head == "lda" else {})
