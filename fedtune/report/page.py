@@ -196,12 +196,15 @@ def loss_tiles(run: Run) -> list[Tile]:
     worst = after.worst.client if after.worst else ""
     pairs = paired_losses(run)
     better = sum(last < first for _, first, last in pairs)
+    tenth = after.worst_tenth
+    tenths = [] if tenth is None else [loss_tile("worst tenth", before.worst_tenth, tenth, f"{tenth.clients} clients")]
     improved = Tile("clients improved", f"{better} of {len(pairs)}", "held-out loss below the base's")
     return [
         loss_tile("test loss", before.test, after.test),
         loss_tile("mean of clients", before.mean, after.mean),
         # Both numbers are of the client that is worst at the end: another may have been worst before.
         loss_tile("worst client", before.held_out.get(worst, before.worst), after.worst, note=worst),
+        *tenths,
         *([improved] if pairs else []),
     ]
 

@@ -41,6 +41,14 @@ class ClientScores(Scores):
 
 
 @dataclass(frozen=True)
+class TenthScores(Scores):
+    """Mean scores of the tenth of clients that a model serves worst, by metric; `examples` are those of the loss."""
+
+    clients: int = 0
+    """How many clients the tenth is."""
+
+
+@dataclass(frozen=True)
 class Base:
     name: str
     digest: str = ""
@@ -55,6 +63,8 @@ class Evaluation:
     held_out: Mapping[str, Scores] = field(default_factory=dict)
     mean: Scores | None = None
     worst: ClientScores | None = None
+    worst_tenth: TenthScores | None = None
+    """None for ten clients or fewer, of which it is the worst client."""
 
 
 @dataclass(frozen=True)

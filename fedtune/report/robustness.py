@@ -7,17 +7,14 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from fedtune.report.curves import evaluations, training_rounds
 from fedtune.report.differences import SILENT, Group, leaves
 from fedtune.report.reader import Run, finite
 from fedtune.report.spread import Spread, mean_and_spread
+from fedtune.rounds import worst_tenth as worst_tenths
 
 CONDITIONS = ("fleet.", "device")
 """Settings that say on which devices a recipe runs, and change nothing else about it."""
-WORST = 0.1
-"""Share of the clients whose losses are averaged as those of the worst."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +61,8 @@ def lost_updates(run: Run) -> float:
 
 def worst_tenth(run: Run) -> float:
     """Return the mean loss of the tenth of clients with the highest losses after the run; NaN for fewer than two."""
-    losses = [finite(scores.loss) for scores in evaluations(run)[1].held_out.values()]
-    known = sorted(loss for loss in losses if not math.isnan(loss))
-    return float(np.mean(known[-math.ceil(WORST * len(known)) :])) if len(known) > 1 else math.nan
+    tenth = worst_tenths.worst_tenth({n: {"loss": own.loss} for n, own in evaluations(run)[1].held_out.items()})
+    return math.nan if tenth is None else tenth.mean
 
 
 def gain(run: Run) -> float:

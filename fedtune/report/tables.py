@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from fedtune.report.curves import Floats, client_names, evaluations, kinds, loss_curve, paired_losses, training_rounds
-from fedtune.report.reader import FailureRecord, Run, Scores, finite
+from fedtune.report.reader import Evaluation, FailureRecord, Run, Scores, finite
 from fedtune.report.rendering import Table
 from fedtune.report.units import NOTHING, bytes_text, number_text, seconds_text
 from fedtune.rounds.record import ClientRecord
@@ -138,6 +138,7 @@ def scores(run: Run) -> Table | None:
         ("global test", before.test, after.test),
         ("mean of clients", before.mean, after.mean),
         (_worst_name(run), before.worst, after.worst),
+        (_tenth_name(after), before.worst_tenth, after.worst_tenth),
     )
     rows = []
     for where, old, new in pairs:
@@ -154,6 +155,10 @@ def _worst_name(run: Run) -> str:
     before, after = evaluations(run)
     names = [worst.client for worst in (before.worst, after.worst) if worst]
     return "worst client: " + " (base), ".join(dict.fromkeys(names)) + (" (tuned)" if len(set(names)) > 1 else "")
+
+
+def _tenth_name(after: Evaluation) -> str:
+    return f"worst tenth of clients ({after.worst_tenth.clients})" if after.worst_tenth else ""
 
 
 def _metric(scores: Scores | None, key: str) -> float | int | None:

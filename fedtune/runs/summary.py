@@ -16,6 +16,7 @@ from fedtune.methods.method import GlobalModel
 from fedtune.rounds.record import COUNTS, Metrics, RoundRecord
 from fedtune.rounds.schedule import Schedule
 from fedtune.rounds.selection import best_record, ends_early, kept_record, score_of
+from fedtune.rounds.worst_tenth import worst_tenths
 from fedtune.runs.context import RunContext, no_samples, versions
 from fedtune.store import result
 
@@ -149,7 +150,7 @@ def num_trainable(context: RunContext, tuned: GlobalModel | None) -> int:
 
 
 def evaluation(test: Metrics | None, held_out: Mapping[str, Metrics]) -> Mapping[str, Any]:
-    """Return test scores, each client's, their plain mean, and the client with the highest loss."""
+    """Return test scores, each client's, their plain mean, the client with the highest loss, and the worst tenth."""
     if not held_out:
         return {"test": test, "held_out": {}, "mean": {}, "worst": {}}
     first = next(iter(held_out.values()))
@@ -160,6 +161,8 @@ def evaluation(test: Metrics | None, held_out: Mapping[str, Metrics]) -> Mapping
         "held_out": held_out,
         "mean": {key: sum(_number(m[key]) for m in held_out.values()) / len(held_out) for key in keys},
         "worst": {"client": worst, **held_out[worst]},
+        # Of ten clients or fewer the tenth is the one above.
+        **({"worst_tenth": worst_tenths(held_out)} if len(held_out) > 10 else {}),
     }
 
 

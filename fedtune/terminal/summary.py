@@ -113,6 +113,8 @@ def scores(summary: Mapping[str, Any]) -> Table:
             before.get("held_out", {}).get(worst.get("client")),
             worst,
         ),
+        # Here, too, other clients may have been the worst before; these are two means.
+        f"worst tenth ({tenth(after).get('clients')} clients)": (metrics_of(tenth(before)), metrics_of(tenth(after))),
         "test data, as deployed": (None, summary.get("deployed")),
     }
     shown = {scope: (old or {}, new or {}) for scope, (old, new) in scopes.items() if old or new}
@@ -128,6 +130,16 @@ def scores(summary: Mapping[str, Any]) -> Table:
     for scope, (old, new) in shown.items():
         table.add_row(Text(scope), *(change(old.get(metric), new.get(metric)) for metric in metrics))
     return table
+
+
+def tenth(scores: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the scores of the tenth of clients that a model serves worst; empty where the summary has none."""
+    return scores.get("worst_tenth") or {}
+
+
+def metrics_of(scores: Mapping[str, Any]) -> Metrics:
+    """Return mean scores without the number of clients that they are of."""
+    return {name: value for name, value in scores.items() if name != "clients"}
 
 
 def long_scores(title: str, shown: Mapping[str, tuple[Metrics, Metrics]]) -> Table:

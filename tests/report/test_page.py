@@ -226,3 +226,16 @@ def test_the_worst_client_at_the_end_stands_beside_its_own_start(write_run: Writ
     (path / "summary.json").write_text(json.dumps(summary))
     [tile] = [tile for tile in loss_tiles(read_run(path)) if tile.title == "worst client"]
     assert (tile.value, tile.note) == ("4.000 → 3.000", "client-1")
+
+
+def test_the_worst_tenth_has_a_tile_and_rows_of_its_own(write_run: WriteRun) -> None:
+    path = write_run("run", clients=2, rounds=1)
+    assert "worst tenth" not in [tile.title for tile in loss_tiles(read_run(path))]
+    summary = json.loads((path / "summary.json").read_text())
+    for moment, loss in (("before", 5.0), ("after", 3.0)):
+        summary[moment]["worst_tenth"] = {"loss": loss, "accuracy": 0.25, "clients": 2, "examples": 9}
+    (path / "summary.json").write_text(json.dumps(summary))
+    run = read_run(path)
+    [tile] = [tile for tile in loss_tiles(run) if tile.title == "worst tenth"]
+    assert (tile.value, tile.note) == ("5.000 → 3.000", "2 clients")
+    assert "worst tenth of clients (2)" in report_page(run, {})

@@ -45,3 +45,10 @@ def test_totals_add_up_over_rounds_and_absent_clients_have_none() -> None:
     }
     assert totals["cyd"]["failures"] == 2
     assert totals["dan"]["rank"] is None
+
+
+def test_of_more_than_ten_clients_the_worst_tenth_has_a_mean_of_its_own() -> None:
+    scores = {f"client-{number}": {"loss": float(number), "examples": 3} for number in range(11)}
+    assert evaluation(None, scores)["worst_tenth"] == {"loss": 9.5, "clients": 2, "examples": 6}
+    few = {name: scores[name] for name in list(scores)[:10]}
+    assert "worst_tenth" not in evaluation(None, few)  # it is the worst client, of which there is a row

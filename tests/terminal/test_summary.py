@@ -34,6 +34,20 @@ def test_scores_are_shown_before_and_after(summary: Mapping[str, Any], tmp_path:
     assert "3.000 -> 2.900" in row(text, "worst client")  # this client's own way, not two clients' maxima
 
 
+def test_the_worst_tenth_is_shown_with_its_clients(summary: Mapping[str, Any], tmp_path: Path) -> None:
+    before, after = ({"loss": loss, "clients": 2, "examples": 9} for loss in (3.25, 2.75))
+    text = printed(
+        {
+            **summary,
+            "before": {**summary["before"], "worst_tenth": before},
+            "after": {**summary["after"], "worst_tenth": after},
+        },
+        tmp_path,
+    )
+    assert row(text, "worst tenth") == "worst tenth (2 clients) 3.250 -> 2.750"
+    assert "worst tenth" not in printed(summary, tmp_path)  # of few clients it is the worst one
+
+
 def test_each_client_has_a_row(summary: Mapping[str, Any], tmp_path: Path) -> None:
     text = printed(summary, tmp_path)
     assert row(text, "client-1") == "client-1 312 16 2.500 -> 2.000 1.5 kB 2.0 MB 7.5 1"
