@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from fedtune.class_sums import ClassSums
 from fedtune.pruning.ranking import PruningSettings
@@ -390,6 +390,10 @@ class AdmittedUpdate:
     """Of which model it trained the adapter, as the plan has asked."""
     down_rank: int | None = None
     """Largest rank of the global change that its client was sent, where the planner chose one."""
+    origin: Any = None
+    """The method's state that its client started from, where the server has gone on since; None: the current one."""
+    discount: float = 1.0
+    """Factor on its change, below 1 where it is stale."""
 
     @property
     def ranks(self) -> Mapping[str, int]:

@@ -142,6 +142,7 @@ METHOD = Method(
     wire_dtype=lambda settings: settings.wire_dtype,
     down_dtype=down_dtype,
     freezes=True,
+    why_not_asynchronous="its residual is exact for factors of one start alone; take fedit, or flora",
     why_not_linear="its residual holds every client's product; fedit averages the same factors",
     why_not_pruned="its residual is that of whole factors",
 )

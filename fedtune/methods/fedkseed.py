@@ -433,6 +433,7 @@ METHOD = Method(
     figures=figures,
     remarks=remarks,
     faults=faults,
+    why_not_asynchronous="it adds whole numbers and guards one state at a time; take ffa or flora",
     why_not_linear="it adds whole numbers along seeds, of which each client's are at most 127; method.clip bounds them",
     why_not_pruned="its directions move every weight of the base",
 )

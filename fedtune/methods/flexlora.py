@@ -150,6 +150,7 @@ METHOD = Method(
     energy_kept=energy_kept,
     wire_dtype=lambda settings: settings.wire_dtype,
     down_dtype=down_dtype,
+    why_not_asynchronous="it replaces the global change by a sum of whole products; take flora, which adds up changes",
     why_not_linear="it adds up products b a of any rank; ffa and zeropad average clients of any ranks",
     why_not_pruned="it restarts clients from whole factors",
 )

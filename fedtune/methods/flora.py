@@ -315,7 +315,7 @@ def sum_of(state: FloraState, cohort: Cohort) -> Tensors:
     bound, lead = state_rank(state, cohort), max(state.max_rank, settings.max_rank or 0)
     if bound is None:
         # Client by client, as releases before 0.3.0 added up: runs that they began go on to the same bits.
-        changes = [(product(state, update), share) for update, share in cohort]
+        changes = [(product(state, update), share * update.discount) for update, share in cohort]
     else:
         changes = list(grouped_products(state, cohort))
     if settings.coverage == "normalised":
@@ -407,11 +407,12 @@ def grouped_products(state: FloraState, cohort: Cohort) -> Iterator[tuple[Adapte
     All clients that were sent the same for a module started from one b0, so their second terms b0 da add up to one of
     its rank: of K clients the sum has rank (K + 1) r, and not 2 K r.
     """
-    groups: dict[tuple[int, int | None, bytes], dict[str, Factors]] = {}
-    for update, share in cohort:
+    groups: dict[tuple[int, int | None, bytes, int], dict[str, Factors]] = {}
+    for update, whole_share in cohort:
+        share, version = whole_share * update.discount, (update.origin or state).round
         sent, ranks, own = update.structure.digest if update.structure else b"", update.ranks, dict[str, Factors]()
         for name, (end, *start) in products(state, update):
-            shared = groups.setdefault((ranks[name], update.down_rank, sent), {})
+            shared = groups.setdefault((ranks[name], update.down_rank, sent, version), {})
             own[name] = end
             for term in start:
                 sum_a = share * term.a.astype(np.float64)
@@ -430,7 +431,8 @@ def product(state: FloraState, update: AdmittedUpdate) -> Adapter:
 
 def products(state: FloraState, update: AdmittedUpdate) -> Iterator[tuple[str, Terms]]:
     """Yield the same by module, one after the other, each as a sum of products."""
-    state = state.of(update.view)
+    # What its client was sent, whatever has been added since.
+    state = (update.origin or state).of(update.view)
     sent, cut, local = update.lora.tensors, state.cut(update.structure), dict[str, Array]()
     key, differs = _a_key(state, update.client), update.upload == "difference"
     if state.settings.mode == "continue":
@@ -561,6 +563,7 @@ METHOD = Method(
     moments=lambda state: state.moments_on_the_wire,
     why_not_linear="it stacks the clients' factors, which share no coordinates; ffa averages clients of any ranks",
     why_not_pruned="",
+    why_not_asynchronous="",
     modules="any",
     downlink_rank=downlink_rank,
     wire_dtype=lambda settings: settings.wire_dtype,

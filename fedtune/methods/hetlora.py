@@ -133,6 +133,7 @@ METHOD = Method(
     adapter=adapter,
     wire_dtype=lambda settings: settings.wire_dtype,
     down_dtype=down_dtype,
+    why_not_asynchronous="it weighs clients by the sizes of changes from one state; take zeropad",
     why_not_linear="it weighs clients by the size of their changes; zeropad averages the same factors",
     why_not_pruned="its weights compare norms of whole changes",
 )

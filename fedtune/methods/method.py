@@ -218,6 +218,9 @@ class Method(Generic[State]):
     """settings -> number format of what clients send"""
     down_dtype: Callable[[Any], WireDtype] | None = None
     """settings -> number format of what is sent down; None: as clients send"""
+    why_not_asynchronous: str = "it does not say what an update adds whose client started from an earlier state"
+    """Why the method refuses the recipe's table `asynchronous`; empty if `aggregate` reads `origin` and `discount` of
+    the updates."""
     freezes: bool = False
     """Whether clients hold a frozen change of the base beside what they train."""
     start: Callable[[State, Adapter, Tensors], State] | None = None
@@ -270,6 +273,7 @@ class LinearMethod(Method[State]):
     """state -> how clients are weighed in the mean"""
     advance: Callable[[State, Tensors], State]
     """(state, mean) -> the next state"""
+    why_not_asynchronous: str = ""
     averages_factors: bool = False
     """Whether `contribution` is the factors of a client, with zeros for the ranks that it lacks, and its
     modules_to_save: then no norm but theirs is needed to bound what enters the mean."""
@@ -301,8 +305,42 @@ def off_the_servers_values(
 def advance_to_mean(method: LinearMethod[State], state: State, updates: Sequence[AdmittedUpdate]) -> State:
     """Return the state after one round of a linear method: the contributions are averaged with p_k."""
     cohort = cohort_weights(updates, method.weights(state))
-    mean = weighted_mean([(method.contribution(state, update), share) for update, share in cohort])
+    mean = weighted_mean([(contribution_now(method, state, update, update.origin), share) for update, share in cohort])
     return method.advance(state, mean)
+
+
+def contribution_now(
+    method: LinearMethod[State], state: State, update: AdmittedUpdate, origin: State | None
+) -> Tensors:
+    """Return the contribution of an update as if its client had started from the current state.
+
+    What it has changed since `origin`, times its discount, on top of the server's own values now. The shares of a mean
+    are not divided by the sum of the discounts: a stale buffer takes a shorter step.
+
+    Args:
+        method: whose contributions are averaged.
+        state: the current one.
+        update: of a client.
+        origin: the state that the client started from; None: the current one.
+    """
+    if origin is None and update.discount == 1.0:
+        # As it is, to the last bit: x + (y - x) is not y.
+        return method.contribution(state, update)
+    start = state if origin is None else origin
+    return moved_by(method.current(state), method.current(start), method.contribution(start, update), update.discount)
+
+
+def moved_by(values: Tensors, start: Tensors, end: Tensors, discount: float) -> Tensors:
+    """Return values + discount * (end - start), in float64.
+
+    >>> one = np.ones(1, np.float32)
+    >>> moved_by({"x": 10 * one}, {"x": one}, {"x": 3 * one}, 0.5)["x"].tolist()
+    [11.0]
+    """
+    return {
+        name: value.astype(np.float64) + discount * (end[name].astype(np.float64) - start[name].astype(np.float64))
+        for name, value in values.items()
+    }
 
 
 def make_assignment(
@@ -348,7 +386,14 @@ def step(old: Tensors, mean: Tensors, server_learning_rate: float) -> Tensors:
 
 def mean_saved(old: Tensors, cohort: Cohort, server_learning_rate: float) -> Tensors:
     """Return modules_to_save after the round: every method averages them with p_k."""
-    return step(old, weighted_mean([(update.lora.saved, share) for update, share in cohort]), server_learning_rate)
+    return step(old, weighted_mean([(saved_now(old, update), share) for update, share in cohort]), server_learning_rate)
+
+
+def saved_now(old: Tensors, update: AdmittedUpdate) -> Tensors:
+    """Return a client's modules_to_save, as if it had started from the current ones."""
+    if update.origin is None and update.discount == 1.0:
+        return update.lora.saved
+    return moved_by(old, old if update.origin is None else update.origin.saved, update.lora.saved, update.discount)
 
 
 def end_of(start: Tensors, update: AdmittedUpdate) -> Tensors:

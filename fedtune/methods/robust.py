@@ -19,7 +19,7 @@ import numpy as np
 from fedtune.errors import RoundError
 from fedtune.lora.adapter import Adapter
 from fedtune.messages import AdmittedUpdate, Blueprint, cohort_weights
-from fedtune.methods.method import LinearMethod, Method
+from fedtune.methods.method import LinearMethod, Method, contribution_now
 from fedtune.methods.settings import RobustRule
 from fedtune.tensors import Array, Tensors, weighted_mean
 
@@ -162,7 +162,7 @@ def with_robust_rule(method: LinearMethod[Any], rule: RobustRule) -> Method[Robu
 
     def aggregate(state: RobustState, updates: Sequence[AdmittedUpdate]) -> RobustState:
         cohort = [
-            Contribution(update.client, method.contribution(state.inner, update), share)
+            Contribution(update.client, contribution_now(method, state.inner, update, inner_of(update.origin)), share)
             for update, share in cohort_weights(updates, method.weights(state.inner))
         ]
         if len(cohort) < (least := least_clients(rule)):
@@ -171,6 +171,9 @@ def with_robust_rule(method: LinearMethod[Any], rule: RobustRule) -> Method[Robu
         # A round in which most clients change nothing says nothing of how large a change may be.
         norms = [*state.norms, combined.norm][-PAST:] if combined.norm else state.norms
         return RobustState(method.advance(state.inner, combined.mean), norms, combined.figures)
+
+    def inner_of(origin: RobustState | None) -> Any:
+        return None if origin is None else origin.inner
 
     def figures(state: RobustState) -> Mapping[str, Any]:
         return {**method.figures(state.inner), **state.last}
