@@ -49,10 +49,12 @@ UNITS: Mapping[str, str] = {
     "batches": "forward passes",
     "client_examples": "examples",
     "clients": "clients",
+    "cutoff": "nats",
     "cohort": "clients, or share of the fleet",
     "count": "rounds",
     "max_concurrent_downloads": "transfers",
     "dropout": "probability",
+    "dropouts": "probability",
     "epochs": "passes over the client's examples",
     "every": "rounds",
     "examples": "examples",
@@ -130,11 +132,13 @@ PLAIN_NUMBERS = frozenset(
         ),
         *("net_sigma", "norm_cap", "over_select", "perturbation", "proximal", "rank_penalty", "scalar_step", "seed"),
         *("server_learning_rate", "weight_cap", "weight_decay"),
+        *("discount", "learning_rates", "weight_decays"),
     )
 )
 """Numbers without a unit."""
 UNITS_BY_PATH: Mapping[str, str] = {
     "method.server_optimizer.tau": "no unit",
+    "planner.batches": "examples",
     "method.robust.bound": "no unit",
     "rounds.warmup": "rounds",
 }
@@ -432,7 +436,7 @@ def recipe_pages() -> Mapping[str, Sequence[Table]]:
         choice_table("planner", list(PLANNERS), toml("fixed"), field_texts(adaptive)["name"]),
         without_name(table_of(PLANNERS["fixed"].settings, "planner", "`fixed`")),
         without_name(table_of(adaptive, "planner", ", ".join(f"`{name}`" for name in learning))),
-        without_name(table_of(PLANNERS["fedpipe"].settings, "planner", "`fedpipe`")),
+        *(without_name(table_of(PLANNERS[name].settings, "planner", f"`{name}`")) for name in ("fedpipe", "expgrad")),
     ]
     pages["override"] = [override_table()]
     pages["device"] = [device_table()]

@@ -153,6 +153,10 @@ class PlannedClient:
     """The share of the recipe's steps that the plan takes, as the planner chose it."""
     batch: int | None = None
     """Examples per forward pass, where the planner chose others than the recipe's."""
+    arm: int | None = None
+    """Index of the arm that the planner `expgrad` drew."""
+    arm_probability: float = 1.0
+    """With which it drew that."""
     whole_requested: bool = False
     """Whether the client is to measure its change in the whole model where it trains a smaller one; it holds both."""
     verb: VerbChoice | None = None

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from fedtune.config.error_text import display, join_words, nearest, quote
 from fedtune.config.planner_checks import (
     arm_faults,
+    expgrad_faults,
     fedpipe_faults,
     fleet_table_faults,
     planner_key_faults,
@@ -480,6 +481,7 @@ RULES: Sequence[Rule] = (
     planner_key_faults,
     arm_faults,
     planner_method_faults,
+    expgrad_faults,
     fedpipe_faults,
     fleet_table_faults,
     cohort_faults,

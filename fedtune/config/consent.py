@@ -41,6 +41,7 @@ from fedtune.messages import (
 )
 from fedtune.methods import class_head
 from fedtune.methods.fedkseed_state import FedKSeedState
+from fedtune.planning.expgrad import with_arm
 from fedtune.planning.planner import PlanChoices, lora_scale, optimizer_steps, steps_of_share
 from fedtune.planning.verbs import DESCENDING
 from fedtune.pruning.ranking import PruningSettings
@@ -222,6 +223,7 @@ def permitted_plan(recipe: Recipe, allowed: Permitted, client: str, order: Assig
     rank = next((one for one in wider if scales[one] == asked.scale), wider[0] if wider else ranks[-1])
     steps = asked.training.steps or 0
     training = replace(allowed.training, steps=steps) if allowed.steps(steps) else allowed.training
+    training = nearest_arm(recipe, training, allowed.choices, order)
     if allowed.splits(asked.training):
         training = replace(training, batch=asked.training.batch, accumulation=asked.training.accumulation)
     return Plan(
@@ -230,6 +232,16 @@ def permitted_plan(recipe: Recipe, allowed: Permitted, client: str, order: Assig
         scale=scales[rank],
         training=scheduled_training(training, recipe.rounds, order),
     )
+
+
+def nearest_arm(recipe: Recipe, training: Training, choices: PlanChoices, order: Assignment) -> Training:
+    """Return how a client trains with the values of the arm that an order has; with those of the first if it has none.
+
+    Without arms the training stays as it is.
+    """
+    arms = [with_arm(training, arm) for arm in choices.trainings]
+    asked = order.plan.training
+    return next((arm for arm in arms if scheduled_training(arm, recipe.rounds, order) == asked), [*arms, training][0])
 
 
 def first_order(recipe: Recipe, client: str, num_examples: int) -> Assignment:
@@ -302,8 +314,18 @@ def arm_texts(choices: PlanChoices) -> Mapping[str, str]:
         "measures": f"of modules, by {', '.join(sorted(choices.importance))}" if choices.importance else "",
         "base": f"as model.dtype, or {', '.join(sorted(choices.base_dtypes))}" if choices.base_dtypes else "",
         "view": " or ".join(["whole", *sorted(set(choices.views) - {"whole"})]) if choices.views else "",
+        "training": training_text(choices.trainings),
     }
     return {name: text for name, text in texts.items() if text}
+
+
+def training_text(arms: Sequence[Mapping[str, Any]]) -> str:
+    """Return in plain words with which values a planner may ask a client to train in place of those of `client`."""
+    values: dict[str, list[float]] = {}
+    for arm in arms:
+        for key, value in arm.items():
+            values.setdefault(key, []).append(value)
+    return "; ".join(f"client.{key} {numbers_text(numbers)}" for key, numbers in values.items())
 
 
 def number_format(recipe: Recipe) -> str:

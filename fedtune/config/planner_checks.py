@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedtune.config.error_text import display, join_words, quote
-from fedtune.config.recipe import ARM_KEYS, Override, Recipe, method_type_of
+from fedtune.config.recipe import ARM_KEYS, AT_SITES, PYTHON, Override, Recipe, method_type_of
 from fedtune.errors import Fault
 from fedtune.messages import ProbeSeeds
 from fedtune.methods import METHODS
 from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.methods.method import Method
 from fedtune.planning.arms import AdaptiveSettings, goal_of, ratios_of
+from fedtune.planning.expgrad import KEYS, ExpGradSettings, arms_of
 from fedtune.planning.fedpipe import MEASURED, FedPipeSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.pruning.ranking import PruningSettings
@@ -26,7 +27,7 @@ READERS: Mapping[str, Sequence[str]] = {
 """The planners that read a setting, where not all do."""
 
 
-SENDS_NO_DEADLINE = ("fixed", "random", "s-ucb", "thompson", "ucb")
+SENDS_NO_DEADLINE = ("expgrad", "fixed", "random", "s-ucb", "thompson", "ucb")
 """Planners whose plans say nothing of when a round should end; those of other packages may."""
 
 
@@ -204,6 +205,36 @@ def fedpipe_faults(recipe: Recipe) -> Iterator[Fault]:
     if method.task is ProbeSeeds or method.ranks == "equal":
         why = "trains no adapter" if method.task is ProbeSeeds else "needs one rank for all"
         yield Fault("planner", f"'fixed' with method {method.name!r}, which {why}", "'fedpipe'", "use method = 'flora'")
+
+
+MOST_ARMS = 64
+"""Of the planner `expgrad`: a run has some tens or hundreds of rounds to tell them apart in."""
+
+
+def expgrad_faults(recipe: Recipe) -> Iterator[Fault]:
+    """Yield what the planner `expgrad` cannot learn from, and what each of its arms cannot be."""
+    planner, method = recipe.planner, method_type_of(recipe)
+    if not isinstance(planner, ExpGradSettings):
+        return
+    if method.task is ProbeSeeds:
+        expected = f"'fixed' with method {method.name!r}, which trains no adapter"
+        yield Fault("planner", expected, "'expgrad'", "use method = 'flora'")
+    for name, key in KEYS.items():
+        values = getattr(planner, name)
+        if len(set(values)) < len(values):
+            yield Fault(f"planner.{name}", "each value once", display(list(values)), "leave out what is there twice")
+        for place, override in enumerate(recipe.override):
+            if values and ({key} | ({"epochs"} if key == "steps" else set())) & override.training.keys():
+                hint = f"leave one of the two out: planner.{name} sets client.{key} for every client"
+                yield Fault(f"override.{place}.{key}", f"nothing with planner.{name}", "it", hint)
+    arms = arms_of(planner)
+    if not 2 <= len(arms) <= MOST_ARMS:
+        hint = "list values to try, such as learning_rates = [0.0003, 0.001, 0.003]" if len(arms) < 2 else "list fewer"
+        expected = f"2 to {MOST_ARMS} arms, which are the combinations of its lists"
+        yield Fault("planner", expected, f"{len(arms)}", hint)
+    if recipe.data.held_out == 0 and recipe.data.source not in (AT_SITES, PYTHON):
+        hint = "set data.held_out, say to 0.1"
+        yield Fault("data.held_out", "above 0 with the planner 'expgrad', which learns from rows held out", "0", hint)
 
 
 def planner_method_faults(recipe: Recipe) -> Iterator[Fault]:

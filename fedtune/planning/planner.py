@@ -38,6 +38,10 @@ class ClientObservation:
     """Of the modules that it trained, in sorted order; () where it was not asked for."""
     batch: int | None = None
     """Examples per forward pass, where the planner chose others than the recipe's."""
+    arm: int | None = None
+    """Index of the arm that the planner drew, where it draws settings of training."""
+    arm_probability: float = 1.0
+    """With which it drew that."""
     steps: int | None = None
     """Optimizer steps that were asked for."""
     top: float = 1.0
@@ -277,6 +281,8 @@ class PlanChoices:
     """Number formats of the frozen base, beside the recipe's own."""
     views: Collection[View] = ()
     """Models that an adapter may be trained for, beside the whole one."""
+    trainings: Sequence[Mapping[str, Any]] = ()
+    """Values of `client` that it may ask to train with, each by its keys; none: those of the recipe alone."""
 
 
 def any_choice(settings: Any, rank: int, ratio: float) -> PlanChoices:

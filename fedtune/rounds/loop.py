@@ -128,6 +128,8 @@ def arm_of(planned: PlannedClient) -> Mapping[str, Any]:
         "base_dtype": plan.base_dtype,
         "view": plan.view,
         "batch": planned.batch,
+        "arm": planned.arm,
+        "arm_probability": planned.arm_probability,
     }
 
 

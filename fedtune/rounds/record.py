@@ -106,13 +106,17 @@ class ClientRecord:
     """The same after the local steps, with its change in the whole model."""
     batch: int | None = None
     """Examples per forward pass, where the planner chose others than the recipe's."""
+    arm: int | None = None
+    """Index of the arm that the planner `expgrad` drew for it."""
+    arm_probability: float = 1.0
+    """With which it drew that."""
     module_importance: tuple[float, ...] = ()
     """Importance of each module that it trained, in sorted order of their names, where it was asked for."""
 
 
 PROBE_FIELDS = ("probed_s_per_tflop", "probed_s_per_mb")
 """Of the same: what the client measured of its speed before the round."""
-ARM_FIELDS = ("top", "share", "back", "down_rank", "ranks", "base_dtype", "view", "batch")
+ARM_FIELDS = ("top", "share", "back", "down_rank", "ranks", "base_dtype", "view", "batch", "arm", "arm_probability")
 """Of a client's record and of what a planner observes: what was planned for it beside rank, ratio and steps."""
 
 

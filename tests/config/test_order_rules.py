@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fedtune.config.consent import permission
+from fedtune.config.consent import permission, permission_texts
 from fedtune.config.order_rules import FREE, Comparison
 from fedtune.messages import BaseDtype, ImportanceName, SeedState, View
 from fedtune.number_formats import to_wire
@@ -168,6 +168,41 @@ def test_scores_of_modules_are_measured_where_the_recipe_says_so_and_as_it_says(
     gain: ImportanceName = "gain"
     assert plan_faults(PlanChoices(importance=(gain,)), importance="gain") == set()
     assert plan_faults(PlanChoices(importance=(gain,)), importance="svd") == {"Plan.importance"}
+
+
+DRAWN = """
+name = "x"
+seed = 7
+model = { base = "none" }
+adapter = { rank = 4, targets = ["q_proj", "up_proj"], modules_to_save = ["norm"] }
+method = "flora"
+planner = { name = "expgrad", learning_rates = [0.001, 0.01], steps = [4, 6], dropouts = [0.0, 0.1] }
+client = { steps = 6, batch = 4, learning_rate = 0.001 }
+rounds = { count = 5, schedule = "linear" }
+data = { source = "at the sites", split = { kind = "files" } }
+"""
+
+
+def test_an_order_trains_with_the_values_of_one_arm_of_the_planner_at_the_rounds_rate() -> None:
+    order = made(DRAWN)
+    assert keys(DRAWN, order) == set()
+
+    def asked(rate: float, steps: int, dropout: float) -> set[str]:
+        training = replace(order.plan.training, learning_rate=rate, steps=steps, dropout=dropout)
+        return keys(DRAWN, put(order, "plan.training", training))
+
+    for rate in (0.001, 0.01):
+        assert asked(rate, 4, 0.1) == asked(rate, 6, 0.0) == set()
+    assert asked(0.005, 4, 0.1)
+    assert asked(0.01, 5, 0.1)
+    assert asked(0.01, 4, 0.2)
+    # Each value is of an arm: what no list names stays as the recipe has it.
+    other = put(order, "plan.training", replace(order.plan.training, learning_rate=0.01, steps=4, batch=8))
+    assert keys(DRAWN, other)
+    plain = DRAWN.replace('name = "expgrad", learning_rates = [0.001, 0.01], steps = [4, 6], dropouts = [0.0, 0.1]', "")
+    assert keys(plain.replace("planner = {  }", 'planner = "fixed"'), put(order, "plan.training.dropout", 0.1))
+    texts = permission_texts(recipe_of(DRAWN), "site-a")
+    assert texts["training"] == "client.learning_rate 0.001, 0.01; client.steps 4, 6; client.dropout 0, 0.1"
 
 
 PIPE = """

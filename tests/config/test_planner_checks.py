@@ -12,6 +12,7 @@ from fedtune.planning.fedpipe import FedPipeSettings
 from fedtune.planning.fixed import FixedSettings
 from tests.config.conftest import SHORTEST, Faulty
 
+EXPGRAD = ["planner={name='expgrad', learning_rates=[0.001, 0.01]}"]
 ADAPTIVE = ["planner=deadline", "pruning={target = 0.5}"]
 
 
@@ -47,6 +48,19 @@ ADAPTIVE = ["planner=deadline", "pruning={target = 0.5}"]
         ),
         ([*ADAPTIVE, 'override=[{clients = "a", top = 0.5}]'], "override.0.top", "nothing with the planner 'deadline'"),
         (["method=fedkseed", "planner.top=0.5"], "planner.top", "nothing; got 0.5; 'fedkseed' trains no adapter"),
+        (["planner=expgrad"], "planner", "2 to 64 arms, which are the combinations of its lists; got 1; list values"),
+        ([*EXPGRAD, f"planner.steps={list(range(1, 40))}"], "planner", "2 to 64 arms"),
+        ([*EXPGRAD, "planner.steps=[5, 5]"], "planner.steps", "each value once; got [5, 5]"),
+        ([*EXPGRAD, "planner.dropouts=[1.0]"], "planner.dropouts", "got [1.0]"),
+        ([*EXPGRAD, "planner.learning_rate=[1.0]"], "planner.learning_rate", "did you mean planner.learning_rates?"),
+        ([*EXPGRAD, "data.held_out=0.0"], "data.held_out", "above 0 with the planner 'expgrad'"),
+        ([*EXPGRAD, "method=fedkseed"], "planner", "which trains no adapter; got 'expgrad'"),
+        (
+            [*EXPGRAD, 'override=[{clients = "a", learning_rate = 0.1}]'],
+            "override.0.learning_rate",
+            "nothing with planner.learning_rates; got it",
+        ),
+        ([*EXPGRAD, "planner.steps=[1]", 'override=[{clients = "a", epochs = 1.0}]'], "override.0.epochs", "nothing"),
         (["planner=oracle"], "planner", "another, without fleet.by = 'round'"),
         (["fleet={name='orin8', late='drop'}"], "fleet.late", "'wait' with the planner 'fixed'"),
         (['device=[{clients = "a", memory_gb = 4.0}]'], "device", "no tables without [fleet]; got 1"),
