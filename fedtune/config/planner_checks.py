@@ -224,9 +224,11 @@ def expgrad_faults(recipe: Recipe) -> Iterator[Fault]:
         if len(set(values)) < len(values):
             yield Fault(f"planner.{name}", "each value once", display(list(values)), "leave out what is there twice")
         for place, override in enumerate(recipe.override):
-            if values and ({key} | ({"epochs"} if key == "steps" else set())) & override.training.keys():
+            same = {key, "epochs"} if key == "steps" else {key}
+            for own in sorted(same & override.training.keys()) if values else ():
                 hint = f"leave one of the two out: planner.{name} sets client.{key} for every client"
-                yield Fault(f"override.{place}.{key}", f"nothing with planner.{name}", "it", hint)
+                got = display(override.training[own])
+                yield Fault(f"override.{place}.{own}", f"nothing with planner.{name}", got, hint)
     arms = arms_of(planner)
     if not 2 <= len(arms) <= MOST_ARMS:
         hint = "list values to try, such as learning_rates = [0.0003, 0.001, 0.003]" if len(arms) < 2 else "list fewer"

@@ -47,7 +47,7 @@ class ExpGradSettings:
     """Name of the planner."""
     learning_rates: Sequence[Annotated[float, Gt(0)]] = ()
     """Values of `client.learning_rate` to try; none keeps the recipe's. As in the lists below, all combinations are the
-    arms: two to four values of one or two keys can be told apart in some tens of rounds."""
+    arms: two to four values of one or two keys differ visibly after some tens of rounds."""
     steps: Sequence[Annotated[int, Ge(1)]] = ()
     """Values of `client.steps` to try."""
     batches: Sequence[Annotated[int, Ge(1)]] = ()
@@ -88,7 +88,8 @@ class ExpGradMemory:
     @property
     def weights(self) -> Array:
         """theta, the probability of each arm."""
-        return np.exp(np.array(self.log_weights))
+        weights: Array = np.exp(np.array(self.log_weights))
+        return weights
 
     @property
     def baseline(self) -> float:
@@ -113,7 +114,8 @@ def arms_of(settings: ExpGradSettings) -> tuple[Mapping[str, Any], ...]:
 
 def with_arm(training: Training, arm: Mapping[str, Any]) -> Training:
     """Return how a client trains with an arm's values; steps take the place of epochs."""
-    return replace(training, **arm, **({"epochs": None} if "steps" in arm else {}))
+    changed = replace(training, **arm)
+    return replace(changed, epochs=None) if "steps" in arm else changed
 
 
 def uniform(arms: int) -> ExpGradMemory:
@@ -193,8 +195,9 @@ class ExpGrad:
         if learned.entropy < self.settings.cutoff or not weights.sum():
             # Beside the weights of 0 that float64 gives arms long given up: where only such arms fit, one is taken.
             best = int(np.where(feasible, learned.log_weights, -np.inf).argmax())
-            return np.eye(len(self.arms))[best]
-        return weights / weights.sum()
+            weights = np.eye(len(self.arms))[best]
+        probabilities: Array = weights / weights.sum()
+        return probabilities
 
     def observe(self, learned: ExpGradMemory, seen: Sequence[ClientObservation]) -> ExpGradMemory:
         """Return what is known after a round: g_j = sum over the clients of arm j of w (s - b) / theta_j.

@@ -26,7 +26,7 @@ from fedtune.rounds.admission import admit, largest_update, refuse_other_codes, 
 from fedtune.rounds.clock import ClientTime, Clock, CompletedWork
 from fedtune.rounds.context import RoundContext
 from fedtune.rounds.events import ClientFinished, Note
-from fedtune.rounds.influence import refuse_outliers
+from fedtune.rounds.influence import planned_moves, refuse_outliers
 from fedtune.rounds.journal import UNFIT, InterruptedRound
 from fedtune.rounds.schedule import enough
 from fedtune.rounds.transport import Answer, Reply, UnsolicitedReply
@@ -308,7 +308,7 @@ def filter_by_norm(
         outcomes = without_refused(context, request, replies, outcomes, other)
         updates = [outcome for outcome in outcomes.values() if isinstance(outcome, AdmittedUpdate)]
     # After the clock: an update that came too late must not move the median either.
-    norms, refused = refuse_outliers(updates, context.schedule.max_norm)
+    norms, refused = refuse_outliers(updates, context.schedule.max_norm, planned_moves(request.planned))
     return norms, without_refused(context, request, replies, outcomes, refused)
 
 

@@ -18,7 +18,17 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from fedtune.messages import AdmittedUpdate, Assignment, Blueprint, Failure, Role, Size, Training, TrainLora
+from fedtune.messages import (
+    AdmittedUpdate,
+    Assignment,
+    Blueprint,
+    Failure,
+    PlannedClient,
+    Role,
+    Size,
+    Training,
+    TrainLora,
+)
 from fedtune.methods.change import Extent, extent_of, quick_square, size_of
 from fedtune.methods.method import LinearMethod, Method
 from fedtune.number_formats import from_wire
@@ -200,14 +210,26 @@ def adam_steps(steps: int) -> float:
     return float(np.sum(np.sqrt(sums) * bias))
 
 
+def planned_moves(planned: Mapping[str, PlannedClient]) -> Mapping[str, float] | None:
+    """Return learning rate times steps of each client, where a planner draws such settings for each; None elsewhere.
+
+    Of arms a hundredfold apart in their rates the larger would be refused as outliers, and learned to be bad.
+    """
+    if all(client.arm is None for client in planned.values()):
+        return None
+    training = {name: client.plan.training for name, client in planned.items()}
+    return {name: one.rate * (one.steps or 1) for name, one in training.items()}
+
+
 def refuse_outliers(
-    updates: Sequence[AdmittedUpdate], max_norm: float | None
+    updates: Sequence[AdmittedUpdate], max_norm: float | None, moves: Mapping[str, float] | None = None
 ) -> tuple[Mapping[str, float], Sequence[Failure]]:
     """Return the norms of the changes by client, and who is refused for one far above the others.
 
     Far above is more than max_norm times the cohort's median of a role; none admits any multiple. Of two updates
     neither is an outlier, and zero has no multiple: then the bounds of each update by itself are all there are. Clients
-    that measure seeds and clients that descend have roles of their own, so neither are outliers among the others.
+    that measure seeds and clients that descend have roles of their own, so neither are outliers among the others. With
+    `moves`, how far each client's plan lets it go, changes are compared as multiples of that; see `planned_moves`.
     """
     refused: dict[str, Failure] = {}
     roles = sorted({role for update in updates for role in update.sizes} - {"mean"})
@@ -216,14 +238,16 @@ def refuse_outliers(
         if len(stated) < 3:
             continue
         # The median, because a mean would be moved by the very update that it is to expose.
-        middle = median(size.norm for size in stated.values())
+        far = {name: moves[name] if moves else 1.0 for name in stated}
+        middle = median(size.norm / far[name] for name, size in stated.items())
         multiple = max_norm or math.inf
         if role == "features":
             multiple = min(multiple, FEATURES)
-        limit, why = multiple * middle, f"{multiple:g} times the cohort's median"
-        over = {name: size for name, size in stated.items() if middle > 0 and not size.norm <= limit}
+        why = f"{multiple:g} times the cohort's median{' for its rate and steps' * bool(moves)}"
+        limits = {name: multiple * middle * far[name] for name in stated}
+        over = {name: size for name, size in stated.items() if middle > 0 and not size.norm <= limits[name]}
         refused |= {
-            name: too_large(name, role, size, limit, why, key="max_norm")
+            name: too_large(name, role, size, limits[name], why, key="max_norm")
             for name, size in over.items()
             if name not in refused
         }

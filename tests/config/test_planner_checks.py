@@ -58,7 +58,7 @@ ADAPTIVE = ["planner=deadline", "pruning={target = 0.5}"]
         (
             [*EXPGRAD, 'override=[{clients = "a", learning_rate = 0.1}]'],
             "override.0.learning_rate",
-            "nothing with planner.learning_rates; got it",
+            "nothing with planner.learning_rates; got 0.1",
         ),
         ([*EXPGRAD, "planner.steps=[1]", 'override=[{clients = "a", epochs = 1.0}]'], "override.0.epochs", "nothing"),
         (["planner=oracle"], "planner", "another, without fleet.by = 'round'"),

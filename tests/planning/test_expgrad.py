@@ -34,7 +34,7 @@ def seen(name: str, arm: int, after: float | None, *, before: float = 2.0, **key
 
 def public_rule(steps: Sequence[tuple[Sequence[float], float]], arms: int, rule: str) -> list[np.ndarray]:
     """The update of the paper's algorithm 2 with its schedules, written out without this package."""
-    z, theta, store, thetas = np.full(arms, -np.log(arms)), np.full(arms, 1 / arms), 0.0, []
+    z, store, thetas = np.full(arms, -np.log(arms)), np.float64(0.0), []
     for gradient, _ in steps:
         grad = np.array(gradient)
         if rule == "adaptive":
@@ -49,8 +49,7 @@ def public_rule(steps: Sequence[tuple[Sequence[float], float]], arms: int, rule:
             denominator = 1.0
         z = z - np.sqrt(2.0 * np.log(arms)) / denominator * grad
         z = z - np.log(np.sum(np.exp(z)))
-        theta = np.exp(z)
-        thetas.append(theta)
+        thetas.append(np.exp(z))
     return thetas
 
 

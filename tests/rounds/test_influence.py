@@ -27,7 +27,7 @@ from fedtune.methods.method import LinearMethod
 from fedtune.methods.server_optimizer import with_server_optimizer
 from fedtune.methods.settings import RobustRule, ServerOptimizer
 from fedtune.number_formats import CODES, from_wire, to_wire
-from fedtune.rounds.influence import EPSILON, LARGEST_CHANGE, Bounds, adam_steps, reach, refuse_outliers
+from fedtune.rounds.influence import EPSILON, LARGEST_CHANGE, Bounds, adam_steps, planned_moves, reach, refuse_outliers
 from fedtune.tensors import cast
 from tests.methods.conftest import Federate
 
@@ -67,6 +67,26 @@ def test_each_role_is_compared_for_itself(role: str, norm: float) -> None:
 def test_without_a_limit_or_a_median_to_trust_all_are_taken(sizes: tuple[float, ...], limit: float | None) -> None:
     norms, refused = refuse_outliers([sized(f"c{i}", change=size) for i, size in enumerate(sizes)], limit)
     assert (len(norms), len(refused)) == (len(sizes), 0)
+
+
+def planned(name: str, rate: float, steps: int, arm: int | None) -> PlannedClient:
+    return PlannedClient(Plan(name, 4, 2.0, Training(learning_rate=rate, steps=steps)), arm=arm)
+
+
+def test_changes_of_drawn_rates_and_steps_are_compared_for_what_their_plans_let_them_move() -> None:
+    plans = {"a": planned("a", 1e-4, 3, 0), "b": planned("b", 1e-4, 3, 0), "c": planned("c", 1e-2, 6, 1)}
+    moves = planned_moves(plans)
+    assert moves == pytest.approx({"a": 3e-4, "b": 3e-4, "c": 6e-2})
+    honest = [sized("a", change=1.0), sized("b", change=1.1), sized("c", change=210.0)]
+    assert refuse_outliers(honest, 10.0)[1][0].client == "c"
+    assert refuse_outliers(honest, 10.0, moves)[1] == []
+    # A small arm is no way past the limit.
+    (refused,) = refuse_outliers(
+        [sized("a", change=1.0), sized("b", change=20.0), sized("c", change=210.0)], 10.0, moves
+    )[1]
+    assert refused.client == "b"
+    assert "at most 10.5, 10 times the cohort's median for its rate and steps; got 20" in refused.reason
+    assert planned_moves({"a": planned("a", 1e-4, 3, None), "b": planned("b", 1e-2, 3, None)}) is None
 
 
 def test_one_client_that_descends_among_many_that_probe_is_no_outlier_and_neither_are_they() -> None:
