@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("pruning", "class_sums"),
     ("tasks",),
     ("messages",),
-    ("probing",),
+    ("probing", "evaluation"),
     ("methods", "planning", "wire", "model"),
     ("rounds",),
     ("simulation", "devices", "store"),

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedtune.cli import adapters, ca, chat, enroll, export, federation, provenance, roster, runs
+from fedtune.cli import adapters, ca, chat, enroll, evaluate, export, federation, provenance, roster, runs
 from fedtune.cli.options import (
     DebugOption,
     JsonOption,
@@ -175,60 +175,7 @@ def plan(
             typer.echo(json.dumps({"recipe": planned.recipe, "notes": list(planned.notes), **bill}))
 
 
-@app.command(epilog=examples("fedtune evaluate runs/demo", "fedtune evaluate runs/demo --data other.jsonl --json"))
-def evaluate(
-    run: RunArgument,
-    data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Other test data, with the columns of the recipe's.")
-    ] = None,
-    examples: Annotated[int | None, typer.Option(min=1, help="Score so many examples; all without it.")] = None,
-    ratio: Annotated[
-        list[float] | None,
-        typer.Option(
-            min=0, max=0.875, help="Pruning ratio to score at, in place of what devices get; may be given again."
-        ),
-    ] = None,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Score a run's base and its adapter on the recipe's test data, or on another file.
-
-    Of a run with pruning also: the whole model beside those that devices get, with their size and the time of a forward
-    pass, and each client's held-out rows in the structure that it trained.
-    """
-    with report_errors(debug):
-        from fedtune import api
-        from fedtune.runs.pruned_scores import views as score_views
-        from fedtune.runs.trained_run import has_shared_ranking
-        from fedtune.store import result
-        from fedtune.terminal.summary import client_views, comparison, views
-
-        scores: dict[str, Any] = dict(api.evaluate(run, data=data, examples=examples))
-        if remark := result.remark(run):
-            typer.echo(print_line(remark), err=True)
-        if data is None and has_shared_ranking(run):
-            scores["views"] = run_with_progress(
-                "evaluate",
-                True,
-                lambda watch: score_views(run, ratios=ratio or None, examples=examples, watch=watch),
-            )
-        elif ratio:
-            got = "--data" if data is not None else "a run without [pruning], or with the policy local"
-            raise typer.BadParameter(
-                f"expected a run with [pruning] and one ranking for all, and no --data; got {got}; leave --ratio out",
-                param_hint="--ratio",
-            )
-        if as_json:
-            typer.echo(json.dumps(scores))
-            return
-        out = console(sys.stdout)
-        out.print(comparison(scores["before"], scores["after"]))
-        if "views" in scores:
-            out.print(views(scores["views"]))
-            if scores["views"]["clients"]:
-                out.print(client_views(scores["views"]["clients"]))
-
-
+evaluate.register(app)
 export.register(app)
 
 

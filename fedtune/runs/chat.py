@@ -114,6 +114,13 @@ def load_base(model: ModelSettings, adapter: AdapterSettings, root: Path, seed: 
 @contextmanager
 def voice(speaker: Speaker, *, tuned: bool, new_tokens: int) -> Iterator[Ask]:
     """Give a function that answers as the tuned model, or as the base alone, inside the block."""
+    with attach(speaker, tuned=tuned) as net:
+        yield partial(answer, speaker, net, new_tokens)
+
+
+@contextmanager
+def attach(speaker: Speaker, *, tuned: bool) -> Iterator[Any]:
+    """Give the tuned model, or the base alone, inside the block."""
     from fedtune.model.libraries import threads
     from fedtune.model.lora import with_adapters
     from fedtune.runs.local import with_seeds
@@ -124,7 +131,7 @@ def voice(speaker: Speaker, *, tuned: bool, new_tokens: int) -> Iterator[Ask]:
         with_seeds(speaker.base, model.seeds),
         with_adapters(speaker.base, frozen=model.adapter, saved=model.saved) as net,
     ):
-        yield partial(answer, speaker, net, new_tokens)
+        yield net
 
 
 def answer(speaker: Speaker, net: Any, new_tokens: int, turns: Sequence[Message], write: Callable[[str], None]) -> str:
