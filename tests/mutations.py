@@ -547,6 +547,27 @@ FAULTS = (
     Fault("deployment/join.py", "        suits(accepted_recipe(greeting.recipe), client)\n    return agree",
           "        pass\n    return agree",
           "a device takes part in a run that it cannot do", ("cli/test_edge_join.py",)),
+    # Evaluation: what is asked, how an answer is read, and how sure a score is.
+    Fault("evaluation/intervals.py", "+ Z**2 / (4 * n**2))", ")",
+          "Wilson's interval of no hits has a width of 0"),
+    Fault("evaluation/intervals.py", "up, down = gained + 0.5, lost + 0.5", "up, down = gained, lost",
+          "two models that answer a few items alike are surely equal"),
+    Fault("evaluation/gsm8k.py", "decimal(matches[-1])", "decimal(matches[0])",
+          "the first number of an answer counts, not the last"),
+    Fault("evaluation/multiple_choice.py", '[f" {letter}" for letter in LETTERS]', "list(LETTERS)",
+          "the bare letter is scored where the shots write a blank before it"),
+    Fault("evaluation/multiple_choice.py", "[len(option) - 1 for", "[1 for",
+          "acc_norm is not divided by the option's length"),
+    Fault("evaluation/multiple_choice.py", "        if len(own) < shots:", "        if False:",
+          "shots that a subject lacks are dropped in silence"),
+    Fault("model/answers.py", "(len(part[0]) - len(ids))", "0",
+          "outputs of padding count as those of a shorter text"),
+    Fault("model/answers.py", "longest - len(prompt) :], mask", ": len(prompt)], mask",
+          "prompts of a batch are padded between prompt and answer"),
+    Fault("runs/task_target.py", "or is_adapter(folder)", "",
+          "a folder with an adapter is scored as the model beside it", ("runs/test_task_scores.py",)),
+    Fault("runs/task_scores.py", "if any(long) and (all(long) or not skip_long):", "if False:",
+          "items that do not fit are left out in silence"),
 )  # fmt: skip
 
 
