@@ -304,7 +304,8 @@ def evaluate(run: str | Path, *, data: str | Path | None = None, examples: int |
     tuned, origin = open_run(path)
     bound = bind_to_score(path)
     if data is not None:
-        bound = replace(bound, data=replace(bound.data, test=str(Path(data).resolve())))
+        split = replace(bound.data.split, match=None)  # these rows belong to no client
+        bound = replace(bound, data=replace(bound.data, test=str(Path(data).resolve()), split=split))
     if bound.data.source == AT_SITES:
         if bound.data.test is None:
             hint = "give --data FILE, of rows with the columns that the sites have"

@@ -244,7 +244,7 @@ FAULTS = (
           "prompts count in the loss"),
     Fault("data/partition.py", "draw.permutation(members)", "members",
           "a group's rows are shared out unshuffled"),
-    Fault("data/federation.py", "np.sort(order[num_held_out:])", "np.sort(order)",
+    Fault("data/division.py", "np.sort(order[number:])", "np.sort(order)",
           "a client trains on the rows that it holds out"),
     # The loop, admission, schedule and planners.
     Fault("rounds/aggregation.py", "key=lambda update: (-size_of(update, norms), update.client)",

@@ -36,6 +36,7 @@ def test_a_run_says_what_it_did_and_the_report_can_read_it(ran: api.Run) -> None
     assert {path.name for path in ran.path.iterdir()} == {
         "recipe.toml",
         "rounds.jsonl",
+        "partition.jsonl",
         "summary.json",
         "adapter",
         "journal",

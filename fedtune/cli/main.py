@@ -153,11 +153,13 @@ def plan(
 ) -> None:
     """Say what a run will take before it begins: memory by part, seconds and bytes, and what does not fit.
 
-    It reads the data and the sizes of the base, loads no weights and trains nothing. Of a recipe for sites it takes
-    texts of data.max_tokens. With `--pin` another base than this one is refused from now on, here and at sites.
+    It reads the data and the sizes of the base, loads no weights and trains nothing, and says who holds how many rows
+    of which labels. Of a recipe for sites it takes texts of data.max_tokens. With `--pin` another base than this one is
+    refused from now on, here and at sites.
     """
     with report_errors(debug):
         from fedtune.runs.plan import plan as plan_recipe
+        from fedtune.terminal import split
         from fedtune.terminal.bill import lines
 
         planned = plan_recipe(recipe, overrides=overrides or (), pin=pin, measure=measure)
@@ -171,8 +173,13 @@ def plan(
         elif not as_json:
             for line in lines(bill):
                 typer.echo(line)
+        if planned.split and not (bound or as_json):
+            typer.echo("")
+            for line in split.lines(planned.split):
+                typer.echo(line)
         if as_json:
-            typer.echo(json.dumps({"recipe": planned.recipe, "notes": list(planned.notes), **bill}))
+            content = {"recipe": planned.recipe, "notes": list(planned.notes), "split": planned.split, **bill}
+            typer.echo(json.dumps(content))
 
 
 evaluate.register(app)

@@ -269,12 +269,19 @@ def bind_name(content: Any, faults: list[Fault]) -> str:
 def with_absolute_paths(recipe: Recipe, root: Path) -> Recipe:
     """Return the recipe with the local files and folders that exist as absolute paths."""
     base, source, test = recipe.model.base, recipe.data.source, recipe.data.test
-    start = recipe.adapter.start
+    start, split = recipe.adapter.start, recipe.data.split
+    if split.file is not None:
+        split = replace(split, file=absolute(split.file, root))
     return replace(
         recipe,
         adapter=recipe.adapter if start is None else replace(recipe.adapter, start=absolute(start, root)),
         model=recipe.model if base == "embedded" else replace(recipe.model, base=absolute(base, root)),
-        data=replace(recipe.data, source=absolute(source, root), test=test if test is None else absolute(test, root)),
+        data=replace(
+            recipe.data,
+            source=absolute(source, root),
+            test=test if test is None else absolute(test, root),
+            split=split,
+        ),
     )
 
 

@@ -124,7 +124,8 @@ def selection_faults(recipe: Recipe) -> Iterator[Fault]:
 
 def split_faults(recipe: Recipe) -> Iterable[Fault]:
     # The package data knows its own rules. They take a whole table, so what is not asked for is filled in.
-    return data_faults(DataSettings(source="-", split=recipe.data.split))
+    data = recipe.data
+    return data_faults(DataSettings(source="-", split=data.split, test=data.test, limit=data.limit))
 
 
 def template_faults(recipe: Recipe) -> Iterator[Fault]:

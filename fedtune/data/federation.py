@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.data.division import divide, mix_by_client
 from fedtune.data.encode import Encoded, Example, Tokenizer, encode_causal, encode_classes, pack
 from fedtune.data.labels import alike, class_names
-from fedtune.data.partition import Rows, partition
+from fedtune.data.mix import Mix
+from fedtune.data.partition import Rows
+from fedtune.data.partition_file import ClientRows, Division, all_rows
 from fedtune.data.repeats import fingerprints, note_on_held_out, note_on_test
 from fedtune.data.settings import GROUP, DataSettings, Form, Task, faults
 from fedtune.data.source import Source, read_rows, read_source, read_test
 from fedtune.errors import ConfigError, Fault
 from fedtune.seeds import derive, generator
-
-Parts = tuple[Rows, Rows]
-"""Places of a client's rows to train on and of its held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Federation:
     """What the training rows are: the way in which a user's question is written as theirs were."""
     sits_out: Mapping[str, str] = field(default_factory=dict)
     """Clients of the split without a training example, which take no part, by name: why."""
+    division: Division | None = None
+    """Which rows each client of the split holds; None of data that are not here."""
+    mix: Mix | None = None
+    """Rows of each label by client of the split; None where rows have no label, or each client has one alone."""
 
 
 def federate(
@@ -85,30 +89,26 @@ def federate(
     if rows is not None and settings.split.kind != "key":
         expected = "'key', by the client that each row is given for"
         raise ConfigError(Fault("data.split.kind", expected, repr(settings.split.kind), "leave data.split out"))
+    if rows is not None and settings.split.match is not None:
+        expected, hint = "nothing beside rows that are given by client", "give each client's own rows as held_out"
+        raise ConfigError(Fault("data.split.match", expected, repr(settings.split.match), hint))
     held_out = None if rows is None else _held_out(settings, rows, task)
     source = read_source(settings, root, task=task) if rows is None else read_rows(settings, _training(rows), task=task)
     test = read_test(settings, root, task=task)
     labels = class_names(settings, source, test, held_out, least=least_classes) if task == "classification" else []
-    taken = _take(source.rows.count, settings.limit, seed)
-    groups = source.rows.select(taken).column(GROUP) if GROUP in source.rows.names else None
-    places = _select(partition(settings.split, rows=len(taken), groups=groups, seed=seed), settings.split.only)
-    parts = {name: taken[part] for name, part in places.items()}
-
+    apart = {} if held_out is None else _by_client(held_out, _encode(held_out, settings, tokenizer, labels))
+    prints = fingerprints(source.rows), [] if test is None else fingerprints(test.rows)
+    division = divide(settings, source, test, prints=prints, seed=seed, root=root, apart=apart)
+    parts = {name: all_rows(own) for name, own in division.clients.items()}
     encoded = {name: _encode(source, settings, tokenizer, labels, part) for name, part in parts.items()}
     notes = [*source.notes, *alike(labels), *_notes(list(encoded.values()), settings)]
-    if left := len(taken) - sum(map(len, parts.values())):
-        notes.append(f"data.split: {left} of {len(taken)} rows go to no client")
-    apart = {} if held_out is None else _by_client(held_out, _encode(held_out, settings, tokenizer, labels))
-    divided = {
-        name: _divide(
-            len(part), 0.0 if name in apart else settings.held_out, derive(seed, "data.held_out", client=name)
-        )
-        for name, part in parts.items()
-    }
-    clients, sits_out = _shards(encoded, divided, settings)
+    used = min(source.rows.count, settings.limit or source.rows.count)
+    if left := used - sum(map(len, parts.values())):
+        notes.append(f"data.split: {left} of {used} rows go to no client")
+    clients, sits_out = _shards(encoded, parts, division, settings)
     notes += [f"{name} takes no part: {why}" for name, why in sits_out.items()]
     clients |= {name: replace(clients[name], held_out=own) for name, own in apart.items() if name in clients}
-    notes += _repeats(source, test, held_out, parts, divided)
+    notes += _repeats(division, held_out, prints)
     if test is None:
         scored = [example for shard in clients.values() for example in shard.held_out]
     else:
@@ -118,8 +118,11 @@ def federate(
         if not scored:
             expected = "at least one test example"
             raise ConfigError(Fault("data.max_tokens", expected, f"none left at {settings.max_tokens} tokens"))
+        clients = _with_matched(clients, division, encoded_test)
+        notes += _matched_note(division)
+    mix = mix_by_client(settings, source, division)
     order = generator(derive(seed, "data.test")).permutation(len(scored))
-    return Federation(clients, [scored[row] for row in order], labels, notes, form_of(source), sits_out)
+    return Federation(clients, [scored[row] for row in order], labels, notes, form_of(source), sits_out, division, mix)
 
 
 def form_of(source: Source) -> Form:
@@ -128,22 +131,41 @@ def form_of(source: Source) -> Form:
     return "messages" if "messages" in names else "instruction" if "output" in names else "text"
 
 
-def _repeats(
-    source: Source,
-    test: Source | None,
-    held_out: Source | None,
-    parts: Mapping[str, Rows],
-    divided: Mapping[str, Parts],
-) -> list[str]:
+def _repeats(division: Division, held_out: Source | None, prints: tuple[Sequence[bytes], Sequence[bytes]]) -> list[str]:
     """Return the notes on rows that are both trained on and scored."""
-    own = fingerprints(source.rows)
-    trained = {name: part[divided[name][0]] for name, part in parts.items()}
-    scored = {name: [own[row] for row in part[divided[name][1]].tolist()] for name, part in parts.items()}
+    own, tests = prints
+    trained = {name: rows.rows for name, rows in division.clients.items()}
+    scored = {name: [own[row] for row in _held_out_rows(rows).tolist()] for name, rows in division.clients.items()}
     if held_out is not None:
         for client, row in zip(held_out.rows.column(GROUP), fingerprints(held_out.rows), strict=True):
             scored.setdefault(client, []).append(row)
     notes = note_on_held_out(own, trained, scored)
-    return notes if test is None else [*notes, *note_on_test(own, trained, fingerprints(test.rows))]
+    return [*notes, *note_on_test(own, trained, tests)] if tests else notes
+
+
+def _held_out_rows(own: ClientRows) -> Rows:
+    assert own.held_out is not None  # `divide` draws them
+    return own.held_out
+
+
+def _with_matched(clients: Mapping[str, Shard], division: Division, test: Encoded) -> dict[str, Shard]:
+    """Return the clients with their rows of the test data held out, where these are divided."""
+    matched = {name: division.clients[name].test for name in clients}
+    return {
+        name: shard
+        if (rows := matched[name]) is None
+        else replace(shard, held_out=[example for row in rows.tolist() if (example := test.examples[row]) is not None])
+        for name, shard in clients.items()
+    }
+
+
+def _matched_note(division: Division) -> list[str]:
+    if division.test is None:
+        return []
+    given = sum(len(own.test) for own in division.clients.values() if own.test is not None)
+    left = division.test.rows - given
+    rest = f"; {left} of labels that no client trains on, or left out, belong to none" if left else ""
+    return [f"data.split.match: {given} of {division.test.rows} test rows go to clients by their training rows{rest}"]
 
 
 def _training(rows: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -202,24 +224,6 @@ def digest(federation: Federation) -> str:
     return sha.hexdigest()
 
 
-def _select(parts: Mapping[str, Rows], only: Sequence[str] | None) -> Mapping[str, Rows]:
-    if only is None:
-        return parts
-    if unknown := sorted(set(only) - parts.keys()):
-        raise ConfigError(
-            Fault("data.split.only", f"names of clients ({', '.join(list(parts)[:8])})", repr(unknown[0]))
-        )
-    return {name: part for name, part in parts.items() if name in only}
-
-
-def _take(count: int, limit: int | None, seed: int) -> Rows:
-    """Return the rows of the source that are used, ascending."""
-    if limit is None or limit >= count:
-        return np.arange(count, dtype=np.int64)
-    chosen = generator(derive(seed, "data.limit")).choice(count, size=limit, replace=False)
-    return np.sort(chosen).astype(np.int64)
-
-
 def _encode(
     source: Source, settings: DataSettings, tokenizer: Tokenizer, labels: Sequence[str], part: Rows | None = None
 ) -> Encoded:
@@ -232,15 +236,8 @@ def _encode(
     return encode_causal(columns, settings, tokenizer, place=lambda row: source.place(at[row]))
 
 
-def _divide(count: int, held_out: float, key: int) -> Parts:
-    """Return the places of a client's rows to train on, ascending, and those of its held-out rows, in random order."""
-    num_held_out = min(max(1, round(held_out * count)), count - 1) if held_out else 0
-    order = generator(key).permutation(count)
-    return np.sort(order[num_held_out:]), order[:num_held_out]
-
-
 def _shards(
-    encoded: Mapping[str, Encoded], divided: Mapping[str, Parts], settings: DataSettings
+    encoded: Mapping[str, Encoded], parts: Mapping[str, Rows], division: Division, settings: DataSettings
 ) -> tuple[dict[str, Shard], Mapping[str, str]]:
     """Return the examples of the clients that have any to train on, and by name why the others take no part.
 
@@ -248,8 +245,10 @@ def _shards(
     """
     clients, without = {}, {}
     for name, own in encoded.items():
+        rows = division.clients[name]
         train, held_out = (
-            [example for row in part if (example := own.examples[row]) is not None] for part in divided[name]
+            [example for row in np.searchsorted(parts[name], part) if (example := own.examples[row]) is not None]
+            for part in (rows.rows, _held_out_rows(rows))
         )
         if train:
             clients[name] = Shard(pack(train, max_tokens=settings.max_tokens) if settings.packing else train, held_out)

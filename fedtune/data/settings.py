@@ -35,20 +35,41 @@ OMIT_DEFAULT: Mapping[str, bool] = {"omit_default": True}
 """Marks a field that is written only where it differs: recipes that came before it keep their digests."""
 
 
+NEEDS: Mapping[str, Sequence[str]] = {
+    "key": ["by"],
+    "iid": ["clients"],
+    "dirichlet": ["by", "clients", "alpha"],
+    "sizes": ["sizes"],
+    "meta": ["by", "clients"],
+    "file": ["file"],
+}
+"""Keys that each kind of split needs."""
+OPTIONAL: Mapping[str, Sequence[str]] = {
+    "key": ["clients", "match"],
+    "files": ["clients"],
+    "dirichlet": ["match"],
+    "meta": ["match"],
+    "file": ["by", "match"],
+}
+"""Keys that each kind of split may have."""
+
+
 @dataclass(frozen=True)
 class Split:
     """How training rows are divided among clients; the recipe's table `data.split`."""
 
-    kind: Literal["key", "iid", "dirichlet", "sizes", "files"]
+    kind: Literal["key", "iid", "dirichlet", "sizes", "files", "meta", "file"]
     """key: one client per value of the column `by`; iid: equal random parts; dirichlet: random shares of each value of
     `by`, more unequal the smaller `alpha`; sizes: as many rows for each client as `sizes` says, shuffled; files: one
-    client per source file, named by what of their paths differs."""
+    client per source file, named by what of their paths differs; meta: whole values of `by`, dealt to `clients` clients
+    from the largest to the smallest, each to the client with the fewest rows; file: as the partition file `file`
+    says."""
     by: str | None = None
-    """Column of the source that `key` takes as the client's name, and `dirichlet` as the label whose rows are shared
-    out."""
+    """Column of the source that `key` takes as the client's name, `meta` as what is dealt, and `dirichlet` as the label
+    whose rows are shared out. With `file` it may name the label that `fedtune plan` counts and `match` goes by."""
     clients: Annotated[int, Ge(1)] | None = None
-    """Number of clients, for `iid` and `dirichlet`; with `key` and `files`, only the first so many by name take part.
-    """
+    """Number of clients, for `iid`, `dirichlet` and `meta`; with `key` and `files`, only the first so many by name take
+    part."""
     alpha: Annotated[float, Gt(0)] | None = None
     """Concentration of the Dirichlet distribution, for `dirichlet`: 0.1 is very uneven, 100 nearly even."""
     min_examples: Annotated[int, Ge(1)] = 1
@@ -59,6 +80,13 @@ class Split:
     only: Sequence[str] | None = None
     """Names of the only clients that take part; the rows of all others are left out. With one name a client trains
     alone on the rows that it has in the federation."""
+    file: str | None = field(default=None, metadata=OMIT_DEFAULT)
+    """The partition file, for `file`: JSON lines, one for each client with its name and the numbers of its rows, such
+    as the `partition.jsonl` of a run. Relative to the recipe's folder."""
+    match: Literal["train"] | None = field(default=None, metadata=OMIT_DEFAULT)
+    """train: the rows of `data.test` are divided as well, each value of `by` in the shares in which its training rows
+    were, so that each client is scored on its own mix of values; all other rows are trained on, and `data.held_out` is
+    not read. None: clients hold out rows of their own, and `data.test` belongs to no client."""
 
 
 @dataclass(frozen=True)
@@ -112,17 +140,17 @@ class DataSettings:
 def faults(settings: DataSettings) -> list[Fault]:
     """Return the faults between settings that need or exclude each other, and those of the template."""
     split, wrong = settings.split, list[Fault]()
-    needs = {"key": ["by"], "iid": ["clients"], "dirichlet": ["by", "clients", "alpha"], "sizes": ["sizes"]}
-    needed = needs.get(split.kind, [])
+    needed = NEEDS.get(split.kind, [])
     for name in needed:
         if not getattr(split, name):
             wrong.append(Fault(f"data.split.{name}", f"a value, which {split.kind!r} needs", "none", f"set {name}"))
-    optional = {"key": ["clients"], "files": ["clients"]}.get(split.kind, [])
-    for name in ("by", "clients", "alpha", "sizes"):
+    optional = OPTIONAL.get(split.kind, [])
+    for name in ("by", "clients", "alpha", "sizes", "file", "match"):
         value = getattr(split, name)
-        if value is not None and name not in needed + optional:
+        if value is not None and name not in (*needed, *optional):
             expected = f"no value, for {split.kind!r} has no use for it"
             wrong.append(Fault(f"data.split.{name}", expected, repr(value), "remove it or choose another kind"))
+    wrong += _division_faults(settings)
     if settings.date is not None and not _is_date(settings.date):
         wrong.append(Fault("data.date", 'a day, such as "2026-11-29"', repr(settings.date)))
     if settings.labels and len(set(settings.labels)) < max(2, len(settings.labels)):
@@ -138,6 +166,19 @@ def faults(settings: DataSettings) -> list[Fault]:
         wrong.append(Fault("data.template", expected, repr(settings.template)))
     elif settings.template.count("{output}") > 1:
         wrong.append(Fault("data.template", "{output} once, at the end", repr(settings.template)))
+    return wrong
+
+
+def _division_faults(settings: DataSettings) -> list[Fault]:
+    """Return what is wrong between a split and the rows that it divides."""
+    split, wrong = settings.split, list[Fault]()
+    if split.match is not None and settings.test is None:
+        expected = "test files, which data.split.match divides among the clients"
+        wrong.append(Fault("data.test", expected, "none", "name them, or leave match out"))
+    if split.kind == "file" and settings.limit is not None:
+        expected = "none with data.split.kind = 'file', which numbers the rows of the whole source"
+        hint = "leave out rows in the file, by a line with left_out"
+        wrong.append(Fault("data.limit", expected, str(settings.limit), hint))
     return wrong
 
 

@@ -48,13 +48,14 @@ def read_source(settings: DataSettings, root: Path, *, task: Task) -> Source:
 
 
 def read_test(settings: DataSettings, root: Path, *, task: Task) -> Source | None:
-    """Return the rows of `settings.test` without groups, or None if there is no separate test data.
+    """Return the rows of `settings.test`, with groups only to match them; None if there is no separate test data.
 
     Raises: ConfigError as `read_source`.
     """
     if settings.test is None:
         return None
-    return _read(settings, root, settings.test, task=task, key="data.test", grouped=False)
+    grouped = settings.split.match is not None
+    return _read(settings, root, settings.test, task=task, key="data.test", grouped=grouped)
 
 
 def read_rows(settings: DataSettings, rows: Mapping[str, Any], *, task: Task) -> Source:

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -76,6 +77,8 @@ class RunContext:
     machine: Mapping[str, Any]
     data: str = ""
     """Digest of every client's examples; empty where they are not known."""
+    partition: str = ""
+    """Text of the partition file, which says who holds which rows; empty where that is not known."""
     start: str = ""
     """Digest of the adapter that it starts from; empty for the base."""
     form: str = ""
@@ -113,6 +116,7 @@ class RunContext:
             "recipe_digest": digest(self.recipe),
             "base": self.base["digest"],
             "data": self.data,
+            **({"partition": sha256(self.partition.encode()).hexdigest()} if self.partition else {}),
             **({"start": self.start} if self.start else {}),
             "door": self.door,
             **({"number": self.number} if self.number else {}),

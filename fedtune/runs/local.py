@@ -23,6 +23,7 @@ from fedtune.config.recipe import largest_rank, method_of, possible_verbs, resou
 from fedtune.data.encode import Example, depends_on_date
 from fedtune.data.federation import Federation, Shard, digest
 from fedtune.data.limits import longest
+from fedtune.data.partition_file import write_division
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, ProbeSeeds, TrainLora
 from fedtune.methods.method import GlobalModel, SeedModel
@@ -314,6 +315,7 @@ def run_context(experiment: Experiment) -> RunContext:
         fleet=experiment.fleet,
         machine={"device": str(base.device), "threads": recipe.model.threads, "engine": recipe.engine.name},
         data=digest(experiment.federation),
+        partition=write_division(division) if (division := experiment.federation.division) else "",
         start=start.digest if start else "",
         form=experiment.federation.form,
         labels=experiment.federation.labels,

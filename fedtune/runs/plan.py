@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.model.machine import available_bytes
 from fedtune.rounds.schedule import rate_text
 from fedtune.runs.bill import Bill, bill_of
+from fedtune.runs.split import split_of
 from fedtune.runs.start import saturation_notes
 from fedtune.store.files import write_text
 
@@ -28,6 +29,8 @@ class Planned:
     """Remarks of the preparation, and what each client holds."""
     bill: Bill | None = None
     """What it will take; None for a base without a cost model."""
+    split: Mapping[str, Any] = field(default_factory=dict)
+    """Who holds how many rows of which labels; empty where the data are at sites."""
 
 
 def plan(
@@ -71,7 +74,8 @@ def plan(
         path = Path(str(recipe))
         write_text(path, pin_digest(path.read_text(encoding="utf-8"), digest, label=path.name))
         notes.append(f"wrote model.digest into {path}")
-    return Planned(render(whole), notes, bill_of_experiment(experiment, measure=measure))
+    split = split_of(experiment.federation, whole.data.split.kind)
+    return Planned(render(whole), notes, bill_of_experiment(experiment, measure=measure), split)
 
 
 def bill_of_experiment(experiment: Any, *, measure: bool) -> Bill | None:

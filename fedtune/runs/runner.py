@@ -28,7 +28,7 @@ from fedtune.runs.resume import load_resumed, resume_command
 from fedtune.runs.start import first_round, saturation_notes, start_state
 from fedtune.runs.summary import summary
 from fedtune.store.history import has_begun
-from fedtune.store.run_directory import write_recipe, write_summary
+from fedtune.store.run_directory import write_partition, write_recipe, write_summary
 from fedtune.store.run_journal import GROUP_S, RunJournal
 
 FEW_ROUNDS_LEFT = 20
@@ -75,6 +75,7 @@ def run_recipe(
         # Everything that may be refused comes before anything of the run is changed.
         records, state = load_resumed(context, run, journal, watch) if resumed else ([], None)
         write_recipe(run, render(context.recipe))
+        write_partition(run, context.partition)
         journal.begin(context.inputs)
         context.on_journal(journal)
         if records and records[-1].round:

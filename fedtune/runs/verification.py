@@ -22,7 +22,7 @@ from fedtune.store.blobs import Blobs
 from fedtune.store.files import store_errors
 from fedtune.store.history import History, has_begun, replay_journal
 from fedtune.store.round_records import line_digests, read_rounds
-from fedtune.store.run_directory import read_summary, summary_digest
+from fedtune.store.run_directory import PARTITION, partition_digest, read_summary, summary_digest
 
 LINK, AUDIT, ID, BASE = "link", "audit", "id", "base"
 """Of a served run: the folder of the link, and the files in it that are checked."""
@@ -67,7 +67,7 @@ def check_results(run: Path) -> Checked:
 def check_results_once(run: Path) -> None:
     # All this is read before the journal, which is written first: it can only be ahead of them.
     records, digests, folder = read_rounds(run), line_digests(run), result.folder(run)
-    summary, content = summary_digest(run), read_summary(run)
+    summary, content, partition = summary_digest(run), read_summary(run), partition_digest(run)
     problem, written = "", None
     try:
         written = result.read(run) if folder.exists() else None
@@ -79,6 +79,7 @@ def check_results_once(run: Path) -> None:
     if problem:
         raise StoreError(f"{problem}; {advice}")
     check_recipe_file(run, recipe)
+    check_partition(run, partition, history, advice)
     last = records[-1].round if records else -1
     check_last_line(run, last, history)
     for record in records:
@@ -128,6 +129,16 @@ def check_summary(run: Path, content: Mapping[str, Any] | None, digest: str, his
     expected = history.digests[number - 1] if number else ""
     if state != expected:
         raise StoreError(f"{path}: expected the state {expected[:12]}; got {str(state)[:12]!r}; {advice}")
+
+
+def check_partition(run: Path, digest: str, history: History, advice: str) -> None:
+    """Check that the partition file is the one that the journal notes; runs of before 0.3.0 have none."""
+    noted = history.inputs[-1].get("partition", "")
+    if digest != noted:
+        raise StoreError(
+            f"{run / PARTITION}: expected {f'the digest {noted[:12]}' if noted else 'no file'}, as the journal notes; "
+            f"got {digest[:12] or 'no file'}; {advice}"
+        )
 
 
 def check_link(run: Path) -> Checked:

@@ -1,4 +1,4 @@
-"""The run directory itself, its recipe.toml and its summary.json."""
+"""The run directory itself, its recipe.toml, its partition.jsonl and its summary.json."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fedtune.store.typed_json import nan_to_null
 VERSION = 1
 """Of rounds.jsonl and of summary.json."""
 SUMMARY_ADVICE = "delete it and resume the run, which writes it again"
+PARTITION = "partition.jsonl"
 REMEDY = "put back a copy of the run directory, or start the run again with --fresh"
 
 
@@ -51,6 +52,19 @@ def vacant(path: Path, *, fresh: bool = False) -> Path:
 
 def write_recipe(run: Path, recipe: str) -> None:
     write_text(run / "recipe.toml", recipe)
+
+
+def write_partition(run: Path, partition: str) -> None:
+    """Write who holds which rows; nothing where that is not known."""
+    if partition:
+        write_text(run / PARTITION, partition)
+
+
+def partition_digest(run: Path) -> str:
+    """Return the SHA-256 (hex) of partition.jsonl; empty where there is none."""
+    path = run / PARTITION
+    with store_errors(path):
+        return sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def write_summary(run: Path, summary: Mapping[str, Any]) -> None:

@@ -80,12 +80,15 @@ ROBUST = st.one_of(
     st.just(RobustRule()),
     st.builds(RobustRule, name=st.just("clip"), bound=st.just("median") | st.floats(1e-9, 1e9)),
 )
+WHOLE: dict[str, Any] = {"file": None, "match": None}
 SPLITS = st.one_of(
-    some(Split, kind="key", clients=None, alpha=None, sizes=None, only=None).filter(lambda split: split.by),
-    some(Split, kind="iid", by=None, clients=9, alpha=None, sizes=None),
-    some(Split, kind="dirichlet", clients=5, by="label", sizes=None).filter(lambda split: split.alpha),
-    some(Split, kind="sizes", by=None, clients=None, alpha=None, sizes=(3, 4)),
-    some(Split, kind="files", by=None, clients=None, alpha=None, sizes=None),
+    some(Split, kind="key", clients=None, alpha=None, sizes=None, only=None, **WHOLE).filter(lambda split: split.by),
+    some(Split, kind="iid", by=None, clients=9, alpha=None, sizes=None, **WHOLE),
+    some(Split, kind="dirichlet", clients=5, by="label", sizes=None, **WHOLE).filter(lambda split: split.alpha),
+    some(Split, kind="sizes", by=None, clients=None, alpha=None, sizes=(3, 4), **WHOLE),
+    some(Split, kind="files", by=None, clients=None, alpha=None, sizes=None, **WHOLE),
+    some(Split, kind="meta", by="label", clients=4, alpha=None, sizes=None, file=None),
+    some(Split, kind="file", clients=None, alpha=None, sizes=None, file="absent: p"),
 )
 LENGTHS = st.sampled_from([(3, None), (None, 0.5)])
 RATES = st.floats(1e-9, 1.0)
@@ -222,14 +225,19 @@ def recipes(draw: st.DrawFn) -> Recipe:
         ),
         descend=draw(some(DescendSettings, steps=3)) if verb in DESCENDING else None,
         rounds=replace(rounds, warmup=draw(st.integers(0, rounds.count - 1)), **steady),
-        data=replace(
-            draw(some(DataSettings, fields=parts, template=template, split=draw(SPLITS))),
-            **packing,
-        ),
+        data=data_of(draw(some(DataSettings, fields=parts, template=template, split=draw(SPLITS))), packing),
         evaluate=draw(some(EvaluationSettings, references=(), every=draw(every), **causal)),
         override=draw(st.lists(row, max_size=2).map(tuple)),
         report=draw(some(ReportSettings)),
     )
+
+
+def data_of(drawn: DataSettings, packing: Mapping[str, Any]) -> DataSettings:
+    """Return a table `data` without what its split excludes, and with what it needs."""
+    split = drawn.split
+    test = "absent: t" if split.match is not None else drawn.test
+    alone: Mapping[str, Any] = {"limit": None, "streaming": False} if split.kind == "file" else {}
+    return replace(drawn, test=test, **alone, **packing)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,23 @@ def test_a_plan_is_the_recipe_as_it_would_run_with_the_bases_digest(recipe: Path
 def test_a_plan_says_how_the_learning_rate_changes_from_round_to_round(recipe: Path) -> None:
     planned = plan(recipe, overrides=["rounds.schedule=cosine", "rounds.count=9", "client.learning_rate=0.01"])
     assert planned.notes[-1] == "learning rate: 0.01, falling to 0.001 in round 9 (cosine)"
+
+
+def test_a_plan_says_who_holds_how_many_rows_of_which_labels(tables: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"text": f"{kind} {row}", "kind": kind} for kind in ("apple", "berry") for row in range(10)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    split = {"kind": "meta", "by": "kind", "clients": 2}
+    tables["data"] = {"source": str(tmp_path / "x.jsonl"), "split": split, "held_out": 0.2, "limit": 19}
+    tables["override"] = []
+    planned = plan(tables)
+    numbers = dict(planned.split)
+    assert re.fullmatch("[0-9a-f]{64}", numbers.pop("digest"))
+    assert sum(sum(own) for own in numbers["mix"].pop("counts").values()) == 19
+    distances = numbers["mix"].pop("distances")
+    assert numbers["mix"].pop("mean_distance") == sum(distances.values()) / 2
+    assert {"apple", "berry"} == set(distances) == set(numbers["clients"])
+    assert sum(own["train"] + own["held_out"] for own in numbers.pop("clients").values()) == 19
+    assert numbers == {"kind": "meta", "left_out": 1, "mix": {"label": "kind", "labels": ["apple", "berry"]}}
 
 
 def test_pinning_refuses_another_base_from_then_on(recipe: Path) -> None:

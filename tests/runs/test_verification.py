@@ -81,6 +81,11 @@ def test_what_was_removed_or_changed_is_detected(
         ),
         (lambda run: (run / "summary.json").unlink(), r"summary\.json: expected the digest \w{12}.* got no file"),
         (lambda run: (run / "adapter" / "adapter_model.bin").write_bytes(b"x"), "expected only the files that"),
+        (
+            lambda run: edit(run / "partition.jsonl", '"rows": [0, ', '"rows": [1, '),
+            r"partition\.jsonl: expected the digest \w{12}, as the journal notes; got \w{12}; this writes it again: ",
+        ),
+        (lambda run: (run / "partition.jsonl").unlink(), r"partition\.jsonl: expected the digest .* got no file"),
     ],
 )
 @pytest.mark.guarantee("G18")
@@ -98,6 +103,7 @@ def test_losses_times_and_files_beside_the_result_are_covered(
 def test_what_a_resume_writes_again_is_in_order_again(prepared: Experiment, run: Path) -> None:
     run_prepared(prepared, run)
     (run / "summary.json").unlink()
+    (run / "partition.jsonl").unlink()
     (run / "adapter" / "adapter_config.json").write_text("{}")
     run_prepared(prepared, run, resume=True)
     check_results(run)
