@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedtune.cli import offsite
 from fedtune.cli.options import DebugOption, examples, print_line, report_errors, run_with_progress
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ EXAMPLES = examples(
     "fedtune export runs/dolly-kseed --form ledger",
     "fedtune export runs/fedspine --deploy",
     "fedtune export runs/fedspine --deploy --ratio 0.25 --ratio 0.5 --out models",
+    "fedtune export models/smollm2 --form emulator --front 2 --back 2 --drop 0.5 --distill public.jsonl --out emulator",
+    "fedtune export runs/offsite --plug-back models/smollm2",
     "fedtune export recipe.toml --edge bundle --identity server/identity",
     "fedtune export models/smollm2 --edge bundle --dtype int8",
     "fedtune export smollm2.Q4_K_M.gguf --edge bundle --runtime gguf",
@@ -39,7 +42,8 @@ def export(
         Path,
         typer.Argument(
             metavar="RUN",
-            help="Run directory, e.g. runs/demo; with --edge also a recipe, or a base by its folder or name.",
+            help="Run directory, e.g. runs/demo; with --edge or --form emulator also a recipe, or a base by its folder "
+            "or name.",
             show_default=False,
         ),
     ],
@@ -47,7 +51,8 @@ def export(
         str | None,
         typer.Option(
             help="peft: adapter with a rank per layer; uniform: the same padded to one rank; merged: a whole model; "
-            "ledger: the seeds of a FedKSeed run. Without it peft, or merged for a run of seeds.",
+            "ledger: the seeds of a FedKSeed run; emulator: of a base, for clients that must not have all of it. "
+            "Without it peft, or merged for a run of seeds.",
             show_default=False,
         ),
     ] = None,
@@ -82,6 +87,22 @@ def export(
             help="With --edge: onnx (the default), or gguf for a base that is a GGUF file, which stays as it is."
         ),
     ] = None,
+    plug_back: offsite.PlugBackOption = None,
+    full: offsite.FullOption = None,
+    no_scores: offsite.NoScoresOption = False,
+    front: offsite.FrontOption = None,
+    back: offsite.BackOption = None,
+    drop: offsite.DropOption = None,
+    kind: offsite.KindOption = None,
+    select: offsite.SelectOption = None,
+    codes: offsite.CodesOption = None,
+    distill: offsite.DistillOption = None,
+    steps: offsite.StepsOption = None,
+    learning_rate: offsite.RateOption = None,
+    lm_weight: offsite.LmWeightOption = None,
+    kd_weight: offsite.KdWeightOption = None,
+    batch: offsite.BatchOption = None,
+    seed: offsite.SeedOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Write the result for others to load: a PEFT adapter, a whole merged model, pruned models, or the seeds.
@@ -93,7 +114,32 @@ def export(
     With --deploy, per pruning ratio: `recipe` (the kept indices and the adapter over the whole base), `model` (the
     smaller model, every block of its own width; `fedtune.load_pruned` reads it), and where all blocks are equally wide
     `stock`, which transformers loads by itself. `deploy.json` says which kind of device gets which.
+
+    With --form emulator a model folder of a base's first and last blocks around fewer, pruned or quantised ones, which
+    clients tune the ends of; --plug-back puts these into the true base, and prints its loss beside the emulator's.
     """
+    emulator = {
+        "--front": front,
+        "--back": back,
+        "--drop": drop,
+        "--kind": kind,
+        "--select": select,
+        "--codes": codes,
+    }
+    distilling = {
+        "--steps": steps,
+        "--learning-rate": learning_rate,
+        "--lm-weight": lm_weight,
+        "--kd-weight": kd_weight,
+        "--batch": batch,
+        "--seed": seed,
+    }
+    offsite.check_options(form=form, emulator=emulator, distill=distilling, text=distill)
+    offsite.check_plug_back(
+        plug_back is not None,
+        needed={"--full": full, "--no-scores": no_scores or None},
+        apart={"--deploy": deploy or None, "--edge": edge},
+    )
     check_options(
         edge=edge is not None,
         deploy=deploy,
@@ -103,6 +149,23 @@ def export(
         ratio=bool(ratio),
     )
     with report_errors(debug):
+        if form == "emulator":
+            offsite.refuse_beside_emulator({"--max-rank": max_rank, "--round": round, "--plug-back": plug_back})
+            offsite.write_emulator(run, out, emulator=emulator, distill=distilling, text=distill, dtype=dtype)
+            return
+        if plug_back is not None:
+            offsite.write_plugged_back(
+                run,
+                plug_back,
+                form=form,
+                out=out,
+                max_rank=max_rank,
+                dtype=dtype,
+                round=round,
+                full=full,
+                with_scores=not no_scores,
+            )
+            return
         if edge is not None:
             write_bundle(run, edge, runtime=runtime or "onnx", dtype=dtype, identity=identity)
             return

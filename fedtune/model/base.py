@@ -23,8 +23,10 @@ from fedtune.messages import Blueprint
 from fedtune.model.base_config import auto_class, read_config
 from fedtune.model.base_files import check_folder, locate, not_found, readable
 from fedtune.model.base_paths import check_vocabulary
+from fedtune.model.blocks import block_numbers
 from fedtune.model.classes import Classes, draw_output_layer, output_layer
 from fedtune.model.device import DTYPES, choose_device, name_of, number_format, share_devices
+from fedtune.model.emulator_facts import resolve_layers
 from fedtune.model.fused_loss import projects_plainly
 from fedtune.model.libraries import quiet
 from fedtune.model.load_checks import (
@@ -323,7 +325,8 @@ def base_of(
     device = choose_device(settings.device)
     check_finite(settings, model)
     # Before a pooler goes, and the heads are held in float32 below: the digest is of the tensors as they were loaded.
-    base_digest = with_pooling(streamed.digest if streamed else digest(model, leave_out=new), pooling)
+    raw_digest = streamed.digest if streamed else digest(model, leave_out=new)
+    base_digest = with_pooling(raw_digest, pooling)
     set_pooling(model, pooling)
     present = model.state_dict().keys()
     new = [name for name in new if name in present]  # not of a pooler that is gone
@@ -337,9 +340,12 @@ def base_of(
     if (outside := without_quantisation(settings).dtype) != "float32":
         for name in saved_modules:
             hold_in_float32(model.get_submodule(name), DTYPES[outside])
-    modules = find_targets(model, adapter.targets, leave_out=saved_modules, rank=adapter.rank, layers=adapter.layers)
+    layers = resolve_layers(
+        adapter.layers, path, blocks=block_numbers(model), dtype=without_quantisation(settings).dtype, digest=raw_digest
+    )
+    modules = find_targets(model, adapter.targets, leave_out=saved_modules, rank=adapter.rank, layers=layers)
     if "all-linear" in adapter.targets:
-        notes = [*notes, *frozen_notes(model, modules, leave_out=saved_modules, layers=adapter.layers)]
+        notes = [*notes, *frozen_notes(model, modules, leave_out=saved_modules, layers=layers)]
     return Base(
         name=settings.base,
         path=path,
@@ -383,7 +389,8 @@ def base_from_object(settings: ModelSettings, adapter: AdapterSettings, given: A
     """
     if isinstance(given, Base):
         saved = given.saved_modules
-        targets = find_targets(given.model, adapter.targets, leave_out=saved, rank=adapter.rank, layers=adapter.layers)
+        layers = resolve_layers(adapter.layers, given.path, blocks=block_numbers(given.model))
+        targets = find_targets(given.model, adapter.targets, leave_out=saved, rank=adapter.rank, layers=layers)
         if given.task != settings.task or given.modules != targets:
             expected = f"a base for the task {settings.task!r} that adapts {len(targets)} modules, as the recipe says"
             got = f"one for {given.task!r} that adapts {len(given.modules)}"

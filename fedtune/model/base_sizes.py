@@ -15,7 +15,9 @@ from fedtune.errors import ConfigError
 from fedtune.model.base import LOAD_ERRORS, Base
 from fedtune.model.base_config import auto_class, read_config
 from fedtune.model.base_files import check_folder, locate, not_found, readable
+from fedtune.model.blocks import block_numbers
 from fedtune.model.device import DTYPES, number_format
+from fedtune.model.emulator_facts import resolve_layers
 from fedtune.model.libraries import quiet
 from fedtune.model.load_checks import embedding_rows, padding_token
 from fedtune.model.pooling import choose_pooling, set_pooling
@@ -59,6 +61,7 @@ def sized_base(
     saved_modules = find_saved(model, adapter.modules_to_save, new, task=settings.task)
     for name in saved_modules:
         model.get_submodule(name).float()
+    layers = resolve_layers(adapter.layers, path, blocks=block_numbers(model))
     known = False
     with suppress(ConfigError):  # another family: whether its logits are plain products cannot be asked here
         known = bool(layout_of(model).blocks)
@@ -70,7 +73,7 @@ def sized_base(
         task=settings.task,
         device=torch.device("cpu"),
         digest="",
-        modules=find_targets(model, adapter.targets, leave_out=saved_modules, rank=adapter.rank, layers=adapter.layers),
+        modules=find_targets(model, adapter.targets, leave_out=saved_modules, rank=adapter.rank, layers=layers),
         saved_modules=saved_modules,
         saved=sorted(
             name for name, _ in model.named_parameters() if any(name.startswith(f"{m}.") for m in saved_modules)

@@ -90,8 +90,8 @@ class AdapterSettings:
     them, e.g. ["self_attn.*_proj"] (`*` any text, `?` a character, `[qv]` one of these); ["all-linear"] takes every
     linear layer."""
     layers: str | None = field(default=None, metadata=OMIT_DEFAULT)
-    """Only these layers (blocks) of the model, by their numbers from 0, such as "8-15" or "0-3, 28"; none: all of them.
-    """
+    """Only these layers (blocks) of the model, by their numbers from 0, such as "8-15" or "0-3, 28"; ends: the first
+    and last blocks of an emulator, as its emulator.json names them; none: all of them."""
     kind: Literal["lora"] = "lora"
     """Kind of adapter; there is only LoRA."""
     alpha: Annotated[float, Gt(0)] | Literal["2r"] = "2r"

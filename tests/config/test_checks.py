@@ -35,7 +35,11 @@ from tests.config.conftest import SHORTEST, Faulty
         (["data.source=['a', '']"], "data.source", "none of them empty; got ['a', '']"),
         (["data.test=[]"], "data.test", "at least one file, none of them empty; got []"),
         (["model.base="], "model.base", "a folder, a hub name or embedded; got an empty text"),
-        (["adapter.layers=9-3"], "adapter.layers", "ranges of them, the smaller one first; got '9-3'"),
+        (
+            ["adapter.layers=9-3"],
+            "adapter.layers",
+            "ranges of them, the smaller one first, or ends of an emulator; got '9-3'",
+        ),
         (["adapter.layers='0-3,'"], "adapter.layers", """got '0-3,'; write, say, "8-15" or "0-3, 28\""""),
         (["adapter.layers='-1'"], "adapter.layers", "numbers of layers and ranges of them"),
         (["rounds.warmup=5", "rounds.count=5"], "rounds.warmup", "fewer rounds than rounds.count = 5; got 5"),
