@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeAlias
 
+from fedtune.config.async_checks import buffer_faults, fleet_bound, overlap_faults, trigger_faults
 from fedtune.config.error_text import display, join_words, nearest, quote
 from fedtune.config.planner_checks import (
     arm_faults,
@@ -79,7 +80,8 @@ def momentum_faults(recipe: Recipe) -> Iterator[Fault]:
 def early_end_faults(recipe: Recipe) -> Iterator[Fault]:
     """Refuse to end rounds early where clients finish in any order: the same recipe would not give the same bits."""
     over_select, engine, fleet = recipe.rounds.over_select, recipe.engine.name, recipe.fleet
-    if over_select <= 1:
+    # Asynchronous rounds end in the order of the clock.
+    if over_select <= 1 or recipe.asynchronous is not None:
         return
     if fleet is not None:
         expected = "1 with [fleet], whose clients finish in the order of this machine's work, not of their devices"
@@ -150,13 +152,10 @@ def cohort_faults(recipe: Recipe) -> Iterator[Fault]:
 
 
 def fleet_size_faults(recipe: Recipe) -> Iterator[Fault]:
-    split, cohort, least = recipe.data.split, recipe.rounds.cohort, recipe.rounds.min_clients
-    # With the kinds key and files `clients` is an upper bound, which is as good here.
-    divided = len(split.sizes) if split.kind == "sizes" and split.sizes else split.clients
-    sizes = [size for size in (divided, len(set(split.only)) if split.only else None) if size is not None]
-    if not sizes:
+    cohort, least = recipe.rounds.cohort, recipe.rounds.min_clients
+    fleet = fleet_bound(recipe.data.split)
+    if fleet is None:
         return  # known only when the data are read
-    fleet = min(sizes)
     if isinstance(cohort, int) and cohort > fleet:
         yield Fault("rounds.cohort", f"at most the {fleet} clients of data.split", str(cohort))
     elif least > fleet:
@@ -489,6 +488,9 @@ RULES: Sequence[Rule] = (
     fleet_table_faults,
     cohort_faults,
     early_end_faults,
+    trigger_faults,
+    buffer_faults,
+    overlap_faults,
     schedule_faults,
     selection_faults,
     fleet_size_faults,

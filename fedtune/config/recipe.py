@@ -20,6 +20,7 @@ from fedtune.planning.planner import Planner, PlannerInputs, PlannerType
 from fedtune.planning.policy import Arm
 from fedtune.planning.verbs import DESCENDING, DescendSettings, VerbRequest
 from fedtune.pruning.ranking import PruningSettings
+from fedtune.rounds.asynchronous import AsyncSettings
 from fedtune.rounds.schedule import Schedule
 from fedtune.simulation.resources import Resources
 from fedtune.simulation.settings import DeviceOverride, EngineSettings, FleetSettings
@@ -121,6 +122,8 @@ class Recipe:
     """An instance of the planner's own settings dataclass."""
     pruning: PruningSettings | None = None
     """None: every client trains the whole model."""
+    asynchronous: AsyncSettings | None = field(default=None, metadata=OMIT_DEFAULT)
+    """None: every round waits for its own cohort."""
     fleet: FleetSettings | None = None
     """None: no devices are simulated."""
     device: Sequence[DeviceOverride] = ()
@@ -147,6 +150,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "client": Training,
     "descend": DescendSettings,
     "rounds": Schedule,
+    "asynchronous": AsyncSettings,
     "data": DataSettings,
     "evaluate": EvaluationSettings,
     "pruning": PruningSettings,

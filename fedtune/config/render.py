@@ -19,6 +19,7 @@ TABLES: Mapping[str, str] = {
     "client": "how a client trains in one round",
     "descend": "how a client that descends trains in one round",
     "rounds": "how many rounds, and who takes part",
+    "asynchronous": "when a round ends that does not wait for its clients",
     "data": "where the examples come from, and who holds which",
     "evaluate": "when and on how much the global model is scored",
     "fleet": "which devices the clients are taken to be",

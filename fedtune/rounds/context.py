@@ -8,9 +8,10 @@ from typing import Any
 from fedtune.messages import Blueprint
 from fedtune.methods.method import Method
 from fedtune.planning.planner import Planner
+from fedtune.rounds.asynchronous import AsyncSettings
 from fedtune.rounds.clock import Clock
 from fedtune.rounds.events import Watch
-from fedtune.rounds.journal import NullJournal, RoundJournal
+from fedtune.rounds.journal import AsyncJournal, NullJournal
 from fedtune.rounds.probe import Prober
 from fedtune.rounds.schedule import Schedule
 from fedtune.rounds.transport import Transport
@@ -38,7 +39,7 @@ class RoundContext:
     """Class names that the clients must use, where their own may differ."""
     date: str = ""
     """The day that the clients' chat templates write, where their own may differ."""
-    journal: RoundJournal = field(default_factory=NullJournal)
+    journal: AsyncJournal = field(default_factory=NullJournal)
     """Makes every step durable."""
     first: Method[Any] | None = None
     """The method of round 1 alone, where that only prepares the others; every client that is there takes part in it."""
@@ -46,6 +47,8 @@ class RoundContext:
     """Says how long clients took; None where clients share one machine, whose times say nothing of their devices."""
     prober: Prober | None = None
     """Asks clients for their speed before every round; None where the planner reads none."""
+    asynchronous: AsyncSettings | None = None
+    """Rounds that wait for updates and not for clients; None: every round waits for its own cohort."""
     watch: Watch = lambda event: None
     """Called when a round starts and when a client is done."""
 
@@ -54,4 +57,5 @@ class RoundContext:
         if self.first is None or round != 1:
             return self
         # A sample may lack a class that others hold, and a class without an example has no mean.
-        return replace(self, method=self.first, schedule=replace(self.schedule, cohort=None, over_select=1.0))
+        every = replace(self.schedule, cohort=None, over_select=1.0)
+        return replace(self, method=self.first, schedule=every, asynchronous=None)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
-from fedtune.messages import Failure, Weight
+from fedtune.messages import Client, Failure, Weight
 from fedtune.methods import serialization as states
 
 UNFIT = "unfit"
@@ -36,6 +36,38 @@ class InterruptedRound:
     """What those of them count that do not count as their examples alone."""
     probes: Mapping[str, Probed] = field(default_factory=dict)
     """How fast those of them are that measured it for this round."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Orders of an asynchronous round that are sent together."""
+
+    round: int
+    """Number of the round in which they are; their clients start from the state before it."""
+    now_s: float
+    """Seconds of the run until then."""
+    clients: tuple[Client, ...] = ()
+    """Sorted by name; with the examples, memory and organisation that their plans and weights are made of."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Of the assignment of each of them; `UNFIT` without a feasible plan."""
+
+
+@dataclass(frozen=True)
+class OpenOrders:
+    """The orders of an asynchronous run that no round before this one has settled, as the journal recorded them."""
+
+    earlier: Sequence[Ask] = ()
+    """Of earlier rounds: the clients that had not been settled when this round began."""
+    asks: Sequence[Ask] = ()
+    """Of this round so far; none if it has not begun."""
+    updates: Mapping[str, bytes] = field(default_factory=dict)
+    """Updates of these clients that are accepted, in the order in which they came."""
+    used: Sequence[str] | None = None
+    """Clients of the round's buffer; None while it is not full."""
+    failures: Mapping[str, Failure] = field(default_factory=dict)
+    """Clients that were settled beside them, and why."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that came from these."""
 
 
 class RoundJournal(Protocol):
@@ -78,6 +110,36 @@ class RoundJournal(Protocol):
         ...
 
 
+class AsyncJournal(RoundJournal, Protocol):
+    """A journal of rounds that overlap; `ask` and `settle` take the places of `open` and `close`."""
+
+    def open_orders(self, round: int) -> OpenOrders:
+        """Return what is known of a round's orders, and of those that earlier rounds have left."""
+        ...
+
+    def ask(self, ask: Ask, *, state: str) -> None:
+        """Record orders before they are sent; the first of a round, which may have no clients, begins it.
+
+        Args:
+            ask: the orders.
+            state: digest of the state that they start from.
+        """
+        ...
+
+    def settle(
+        self, round: int, used: Sequence[str], failures: Mapping[str, Failure], sizes: Mapping[str, int]
+    ) -> None:
+        """Record the clients of a round's buffer, and those that are not waited for any more, before it is aggregated.
+
+        Every client is one whose order no round has settled.
+        """
+        ...
+
+    def version(self, round: int) -> bytes:
+        """Return the encoded state after a round, while an order that no round has settled starts from it."""
+        ...
+
+
 class NullJournal:
     """The journal that keeps nothing: its runs cannot be resumed."""
 
@@ -102,3 +164,15 @@ class NullJournal:
 
     def commit(self, round: int, state: Sequence[bytes | memoryview]) -> str:
         return states.digest(state)
+
+    def open_orders(self, round: int) -> OpenOrders:
+        return OpenOrders()
+
+    def ask(self, ask: Ask, *, state: str) -> None: ...
+
+    def settle(
+        self, round: int, used: Sequence[str], failures: Mapping[str, Failure], sizes: Mapping[str, int]
+    ) -> None: ...
+
+    def version(self, round: int) -> bytes:
+        return b""

@@ -78,6 +78,12 @@ class RoundResult:
     """As how many examples they count, by the clients that `rounds.weight_cap` makes count less."""
     rate_share: float = 1.0
     """Its learning rate as a share of `client.learning_rate`, by `rounds.schedule`."""
+    staleness: Mapping[str, int] = field(default_factory=dict)
+    """Of an asynchronous round: by client of the buffer, the versions that its update has missed."""
+    discounts: Mapping[str, float] = field(default_factory=dict)
+    """Of the same, the factor on the change of those that have missed any."""
+    working: Sequence[str] = ()
+    """Clients that were still at work when an asynchronous round ended."""
 
     @property
     def observations(self) -> Observations:
@@ -419,4 +425,4 @@ def without_tensors(outcome: Outcome) -> Outcome:
             few = replace(result, numbers=result.numbers[:0].copy())
         case _:
             few = LoraResult({})
-    return replace(outcome, update=replace(outcome.update, result=few))
+    return replace(outcome, update=replace(outcome.update, result=few), origin=None)

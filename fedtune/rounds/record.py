@@ -112,6 +112,10 @@ class ClientRecord:
     """With which it drew that."""
     module_importance: tuple[float, ...] = ()
     """Importance of each module that it trained, in sorted order of their names, where it was asked for."""
+    staleness: int = 0
+    """Versions that its update has missed, in an asynchronous round; left out where it is 0."""
+    discount: float = 1.0
+    """Factor on its change because of that; left out where it is 1."""
 
 
 PROBE_FIELDS = ("probed_s_per_tflop", "probed_s_per_mb")
@@ -200,6 +204,8 @@ class RoundRecord:
     """The round's learning rate as a share of `client.learning_rate`, by `rounds.schedule`; left out where it is 1."""
     deployed: Metrics | None = None
     """Scores on the test data of the model pruned to what is deployed."""
+    working: tuple[str, ...] = ()
+    """Clients that were still at work when an asynchronous round ended; left out where there are none."""
 
     @property
     def used(self) -> int:

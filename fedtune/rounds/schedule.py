@@ -150,15 +150,23 @@ def enough(asked: int, schedule: Schedule) -> float:
 
 
 def sample(
-    fleet: Sequence[Client], cohort: int | float | None, *, seed: int, round: int, over_select: float = 1.0
+    fleet: Sequence[Client],
+    cohort: int | float | None,
+    *,
+    seed: int,
+    round: int,
+    over_select: float = 1.0,
+    draw: int = 0,
 ) -> Sequence[Client]:
     """Return the round's clients, sorted by name: all, a number of them, or a share of the fleet rounded up.
 
-    With `over_select` above 1 so many times more are asked, as far as there are any.
+    With `over_select` above 1 so many times more are asked, as far as there are any. Draws of one round differ in
+    their number.
     """
     size = min(len(fleet), ceil(over_select * cohort_size(len(fleet), cohort) - 1e-9))
     if size == len(fleet):
         return fleet
     # Positions, not names or ids, are drawn: numpy would turn 64-bit ids into rounded floats.
-    drawn = generator(derive(seed, "cohort", round)).choice(len(fleet), size=size, replace=False)
+    purpose = f"cohort {draw}" if draw else "cohort"
+    drawn = generator(derive(seed, purpose, round)).choice(len(fleet), size=size, replace=False)
     return [fleet[position] for position in sorted(drawn.tolist())]

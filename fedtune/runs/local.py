@@ -41,6 +41,7 @@ from fedtune.model.settings import same_everywhere
 from fedtune.planning.planner import Planner
 from fedtune.probing.replica import Replicas
 from fedtune.pruning.structure import ModelStructure, cuts, slice_adapter
+from fedtune.rounds import buffer
 from fedtune.rounds.events import Watch
 from fedtune.rounds.transport import Transport
 from fedtune.runs.base_checks import check_pruning, check_ranks
@@ -135,6 +136,9 @@ def prepare(recipe: Recipe, watch: Watch = lambda event: None, *, sizes_alone: b
     Raises:
         ConfigError: if a file, column, module or client that the recipe names does not exist, or a rank does not fit.
     """
+    if recipe.asynchronous is not None and recipe.fleet is None:
+        # Before anything is loaded; over a network updates come when they come.
+        raise buffer.no_clock()
     data = replace(recipe.data, date=recipe.data.date or date.today().isoformat())
     federation, base = load_site(
         recipe.model,

@@ -146,6 +146,7 @@ def round_record(
         clock_s=finished.clock_s,
         rate_share=finished.rate_share,
         deployed=scores.deployed,
+        working=tuple(finished.working),
     )
 
 
@@ -194,6 +195,8 @@ def client_record(finished: RoundResult, name: str) -> ClientRecord:
         whole_loss_before=measured.whole_loss_before,
         whole_loss_after=measured.whole_loss_after,
         module_importance=measured.module_importance,
+        staleness=finished.staleness.get(name, 0),
+        discount=finished.discounts.get(name, 1.0),
     )
 
 

@@ -14,9 +14,10 @@ from fedtune.errors import FedtuneError, RoundError, StoreError
 from fedtune.methods import serialization
 from fedtune.methods.settings import LinearSettings
 from fedtune.planning.fixed import FixedSettings
+from fedtune.rounds import buffer
 from fedtune.rounds.context import RoundContext
 from fedtune.rounds.events import Note, Phase, RoundFinished, Watch
-from fedtune.rounds.journal import NullJournal, RoundJournal
+from fedtune.rounds.journal import AsyncJournal, NullJournal
 from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.loop import run as run_rounds
 from fedtune.rounds.record import RoundRecord, observations
@@ -169,7 +170,7 @@ def run_rounds_of(
     context: RunContext,
     transport: Transport,
     *,
-    journal: RoundJournal | None = None,
+    journal: AsyncJournal | None = None,
     start: Any | None = None,
     records: Sequence[RoundRecord] = (),
     watch: Watch = lambda event: None,
@@ -194,14 +195,14 @@ def run_rounds_of(
         journal=journal or NullJournal(),
         clock=context.clock,
         prober=context.prober,
+        asynchronous=context.recipe.asynchronous,
         watch=watch,
     )
-    return run_rounds(
-        rounds,
-        start=start,
-        history=[observations(record) for record in records if record.round],
-        clock_s=records[-1].clock_s if records else 0.0,
-    )
+    clock_s = records[-1].clock_s if records else 0.0
+    if rounds.asynchronous is not None:
+        return buffer.run(rounds, start=start, clock_s=clock_s)
+    history = [observations(record) for record in records if record.round]
+    return run_rounds(rounds, start=start, history=history, clock_s=clock_s)
 
 
 def remarks(recipe: Recipe) -> Iterator[str]:

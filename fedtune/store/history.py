@@ -10,17 +10,9 @@ from typing import Any
 from fedtune.errors import StoreError
 from fedtune.messages import Failure, Weight
 from fedtune.rounds.journal import Probed
-from fedtune.store import journal
+from fedtune.store import journal, orders
 from fedtune.store.journal import End, Record
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the bytes of an update are stored: updates that were made durable together share a blob."""
-
-    blob: str
-    offset: int
-    length: int
+from fedtune.store.orders import Place, Sent
 
 
 @dataclass
@@ -46,6 +38,12 @@ class Round:
     """Of the clients whose weight is not their examples alone."""
     probes: Mapping[str, Probed] = field(default_factory=dict)
     """How fast those clients are that measured it."""
+    asks: list[float] = field(default_factory=list)
+    """Of an asynchronous round: the seconds of the run at each of its asks; empty for other rounds."""
+    settled: Mapping[str, Sent] = field(default_factory=dict)
+    """Of the same, once its buffer is full: the orders that it has settled, by client."""
+    used: Sequence[str] = ()
+    """Clients of that buffer."""
 
     @property
     def missing(self) -> Sequence[str]:
@@ -72,6 +70,8 @@ class History:
     """By round, the SHA-256 (hex) of its line of rounds.jsonl, noted once it can not be written again."""
     summary: str = ""
     """SHA-256 (hex) of summary.json; empty while it may be written again."""
+    sent: dict[str, Sent] = field(default_factory=dict)
+    """Of an asynchronous run: the orders that no round has settled, by client."""
 
     @property
     def committed(self) -> int:
@@ -88,6 +88,13 @@ class History:
         """The last committed round, while its first state and updates are still there: until another round begins."""
         return None if self.open or self.finished else self.round
 
+    @property
+    def missing(self) -> Sequence[str]:
+        """Clients that are waited for, in the order of the cohort, or in which they were asked."""
+        if self.open and self.open.asks:
+            return [name for name, order in self.sent.items() if order.update is None and self.open.failures is None]
+        return self.open.missing if self.open else []
+
     def needed(self) -> Mapping[str, str]:
         """Return the blobs that must be there, by name, with a description of each."""
         # While the last round may be repeated, the state that it started from must stay as well.
@@ -96,6 +103,7 @@ class History:
         if self.kept_round:
             needed.setdefault(self.digests[self.kept_round - 1], f"the state of round {self.kept_round}, the best one")
         current = self.open or self.repeatable
+        needed |= self._needed_by_orders(current)
         if current is not None:
             members: dict[str, list[str]] = {}
             for client, place in current.updates.items():
@@ -103,6 +111,18 @@ class History:
             for blob, names in members.items():
                 few = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
                 needed[blob] = f"the update of {few} in round {current.number}"
+        return needed
+
+    def _needed_by_orders(self, current: Round | None) -> Mapping[str, str]:
+        """Return the states that orders start from which may be sent again, and the updates that answer them."""
+        needed = {}
+        for name, order in [*self.sent.items(), *(current.settled.items() if current else ())]:
+            if order.round > 1:
+                needed[self.digests[order.round - 2]] = (
+                    f"the state of round {order.round - 1}, which {name} starts from"
+                )
+            if order.update:
+                needed[order.update.blob] = f"the update of {name} in round {order.round}"
         return needed
 
     def apply(self, kind: str, fields: Mapping[str, Any]) -> None:
@@ -135,16 +155,13 @@ def start(history: History, fields: Mapping[str, Any]) -> None:
 
 
 def begin(history: History, fields: Mapping[str, Any]) -> None:
-    number, state, last = fields["round"], fields["state"], history.committed
-    if history.open or number != last + 1:
-        raise StoreError(f"expected round {last + 1} to begin once, after round {last} is committed; got {number}")
-    if history.digests and state != history.digests[-1]:
-        raise StoreError(
-            f"expected round {number} to start from the state {history.digests[-1][:12]}; got {state[:12]}"
-        )
-    cohort, orders = dict(fields["cohort"]), dict(fields["orders"])
-    if cohort.keys() != orders.keys():
-        raise StoreError(f"expected an assignment for each client of {sorted(cohort)}; got {sorted(orders)}")
+    number, state = fields["round"], fields["state"]
+    check_beginning(history, number, state)
+    if history.sent:
+        raise StoreError(f"expected an asynchronous round, while {min(history.sent)} works; got one that waits for all")
+    cohort, digests = dict(fields["cohort"]), dict(fields["orders"])
+    if cohort.keys() != digests.keys():
+        raise StoreError(f"expected an assignment for each client of {sorted(cohort)}; got {sorted(digests)}")
     memory = {str(name): int(num_bytes) for name, num_bytes in fields.get("memory", {}).items()}
     weights = {
         str(name): Weight(int(examples), int(uniform))
@@ -154,8 +171,49 @@ def begin(history: History, fields: Mapping[str, Any]) -> None:
         raise ValueError("weights")
     probes = {str(name): read_probe(seconds) for name, seconds in fields.get("probes", {}).items()}
     note_line(history, fields, number - 1)
-    history.round = Round(number, state, cohort, orders, memory=memory, weights=weights, probes=probes)
+    history.round = Round(number, state, cohort, digests, memory=memory, weights=weights, probes=probes)
     history.finished = False
+
+
+def check_beginning(history: History, number: int, state: str) -> None:
+    """Raise a StoreError unless a round may begin now, from a state."""
+    last = history.committed
+    if history.open or number != last + 1:
+        raise StoreError(f"expected round {last + 1} to begin once, after round {last} is committed; got {number}")
+    if history.digests and state != history.digests[-1]:
+        raise StoreError(
+            f"expected round {number} to start from the state {history.digests[-1][:12]}; got {state[:12]}"
+        )
+
+
+def ask(history: History, fields: Mapping[str, Any]) -> None:
+    number, state, current = fields["round"], fields["state"], history.open
+    if current is None:
+        check_beginning(history, number, state)
+        sent = orders.read_ask(fields, 0, history.sent)
+        note_line(history, fields, number - 1)
+        history.round = Round(number, state, {}, {}, asks=[float(fields["now"])])
+        history.finished = False
+    else:
+        if not waiting(history, fields).asks or state != current.state:
+            raise StoreError(f"expected round {current.number} to ask clients, from its state; got {state[:12]}")
+        sent = orders.read_ask(fields, len(current.asks), history.sent)
+        current.asks.append(float(fields["now"]))
+    history.sent |= sent
+
+
+def settle(history: History, fields: Mapping[str, Any]) -> None:
+    # Everything is checked before anything is assigned: a record that is refused must leave no trace.
+    current = waiting(history, fields)
+    if not current.asks:
+        raise StoreError("expected an asynchronous round to settle a buffer; got one that waits for its cohort")
+    sent = {**history.sent, **orders.with_updates(history.sent, fields)}
+    failures, sizes = read_failures(fields)
+    used = [str(name) for name in fields["used"]]
+    orders.check_settled(sent, used, failures)
+    current.settled = {name: sent[name] for name in (*used, *failures)}
+    current.used, current.failures, current.sizes = used, failures, sizes
+    history.sent = {name: order for name, order in sent.items() if name not in current.settled}
 
 
 def read_probe(seconds: Any) -> Probed:
@@ -166,23 +224,34 @@ def read_probe(seconds: Any) -> Probed:
 
 def accept(history: History, fields: Mapping[str, Any]) -> None:
     current = waiting(history, fields)
+    if current.asks:
+        history.sent |= orders.with_updates(history.sent, fields)
+        return
     current.updates |= places(current, fields)
 
 
 def close(history: History, fields: Mapping[str, Any]) -> None:
     # Everything is checked before anything is assigned: a record that is refused must leave no trace.
     current = waiting(history, fields)
+    if current.asks:
+        raise StoreError("expected an asynchronous round to settle a buffer; got one that is closed")
     updates = {**current.updates, **places(current, fields)}
-    failures = {name: Failure.from_text(name, reason, kind=kind) for name, (kind, reason) in fields["failures"].items()}
-    sizes = {name: int(num_bytes) for name, num_bytes in fields["sizes"].items()}
+    failures, sizes = read_failures(fields)
     if updates.keys() & failures.keys() or updates.keys() | failures.keys() != current.cohort.keys():
         raise StoreError(
             f"expected an update or a failure of each client of {sorted(current.cohort)}; "
             f"got updates of {sorted(updates)}, failures of {sorted(failures)}"
         )
+    current.updates, current.failures, current.sizes = updates, failures, sizes
+
+
+def read_failures(fields: Mapping[str, Any]) -> tuple[Mapping[str, Failure], Mapping[str, int]]:
+    """Return why clients of a round are not used, and the bytes that came from each of them."""
+    failures = {name: Failure.from_text(name, reason, kind=kind) for name, (kind, reason) in fields["failures"].items()}
+    sizes = {name: int(num_bytes) for name, num_bytes in fields["sizes"].items()}
     if sizes.keys() != failures.keys():
         raise StoreError(f"expected the bytes that came from each of {sorted(failures)}; got those of {sorted(sizes)}")
-    current.updates, current.failures, current.sizes = updates, failures, sizes
+    return failures, sizes
 
 
 def commit(history: History, fields: Mapping[str, Any]) -> None:
@@ -204,6 +273,8 @@ def finish(history: History, fields: Mapping[str, Any]) -> None:
         raise StoreError(f"expected a run to end after round {history.committed}; got {fields['round']}")
     note_line(history, fields, history.committed)
     history.finished, history.summary = True, str(fields.get("summary", ""))
+    # Who still works then is not waited for: more rounds would ask all anew.
+    history.sent.clear()
 
 
 def note_line(history: History, fields: Mapping[str, Any], number: int) -> None:
@@ -224,6 +295,8 @@ STEPS = {
     "open": begin,
     "accept": accept,
     "close": close,
+    "ask": ask,
+    "settle": settle,
     "commit": commit,
     "final": finish,
     "keep": keep,

@@ -59,6 +59,7 @@ def encode(record: RoundRecord) -> Mapping[str, Any]:
         "clock_s": record.clock_s,
         **({} if record.rate_share == 1.0 else {"rate_share": record.rate_share}),
         **({} if record.deployed is None else {"deployed": record.deployed}),
+        **({"working": record.working} if record.working else {}),
     }
 
 
@@ -110,6 +111,7 @@ def encode_client(client: ClientRecord) -> Mapping[str, Any]:
             line[key] = loss
     if client.module_importance:
         line["module_importance"] = client.module_importance
+    line |= {key: value for key in ("staleness", "discount") if (value := getattr(client, key)) != usual[key]}
     return line if not client.skipped_steps else line | {"skipped_steps": client.skipped_steps}
 
 

@@ -19,12 +19,13 @@ from typing import Any, Self
 from fedtune.errors import StoreError
 from fedtune.messages import Failure, Weight
 from fedtune.methods.serialization import digest, why_not_finite
-from fedtune.rounds.journal import InterruptedRound, Probed
+from fedtune.rounds.journal import Ask, InterruptedRound, OpenOrders, Probed
 from fedtune.store import files
 from fedtune.store.blobs import Blobs
-from fedtune.store.history import History, Round, replay_journal
+from fedtune.store.history import History, replay_journal
 from fedtune.store.journal import End, Journal
 from fedtune.store.lock import lock_run
+from fedtune.store.orders import Place, ask_fields, grouped_asks
 from fedtune.store.round_records import last_line_digest, mend_rounds
 from fedtune.store.run_directory import summary_digest
 
@@ -37,7 +38,7 @@ GROUP_BYTES = 64 * 1024 * 1024
 
 
 class RunJournal:
-    """Implements `rounds.loop.RoundJournal` in a run directory, whose lock `create` and `reopen` hold."""
+    """Implements `rounds.journal.AsyncJournal` in a run directory, whose lock `create` and `reopen` hold."""
 
     def __init__(self, run: Path, history: History, end: End, *, group_s: float, clock: Callable[[], float]) -> None:
         self._run, self._history = run, history
@@ -186,7 +187,7 @@ class RunJournal:
         return InterruptedRound(
             cohort=current.cohort,
             digests=current.orders,
-            updates=self._updates(current),
+            updates=self._updates(current.updates),
             failures=current.failures,
             sizes=current.sizes,
             memory=current.memory,
@@ -194,15 +195,72 @@ class RunJournal:
             probes=current.probes,
         )
 
-    def _updates(self, current: Round) -> Mapping[str, bytes]:
+    def _updates(self, places: Mapping[str, Place]) -> Mapping[str, bytes]:
         needed = self._history.needed()
-        blobs = {place.blob: b"" for place in current.updates.values()}
+        blobs = {place.blob: b"" for place in places.values()}
         for name in blobs:
             blobs[name] = self._blobs.get(name, needed[name])
         return {
-            client: blobs[place.blob][place.offset : place.offset + place.length]
-            for client, place in current.updates.items()
+            client: blobs[place.blob][place.offset : place.offset + place.length] for client, place in places.items()
         }
+
+    def open_orders(self, round: int) -> OpenOrders:
+        """Return what is known of an asynchronous round's orders, and of those that earlier rounds have left.
+
+        Raises:
+            StoreError: if an update of them is missing or damaged.
+        """
+        current = self._history.open or self._history.repeatable
+        if current is not None and (current.number != round or not current.asks):
+            current = None
+        sent = {**self._history.sent, **(current.settled if current else {})}
+        updates = self._updates({name: one.update for name, one in sent.items() if one.update})
+        earlier = grouped_asks(one for one in sent.values() if one.round < round)
+        if current is None:
+            return OpenOrders(earlier, updates=updates)
+        asks = [
+            # An ask without clients says as well that the round has begun.
+            next(iter(grouped_asks(s for s in sent.values() if (s.round, s.ask) == (round, place))), Ask(round, now_s))
+            for place, now_s in enumerate(current.asks)
+        ]
+        used = current.used if current.failures is not None else None
+        return OpenOrders(earlier, asks, updates, used, current.failures or {}, current.sizes)
+
+    def version(self, round: int) -> bytes:
+        """Return the encoded state after a round that an order starts from which no round has settled.
+
+        Raises:
+            StoreError: if it is missing or damaged.
+        """
+        name = self._history.digests[round - 1]
+        return self._blobs.get(name, f"the state of round {round}, which an order starts from")
+
+    def ask(self, ask: Ask, *, state: str) -> None:
+        """Note the orders of an asynchronous round before they are sent; the first of a round begins it.
+
+        Raises:
+            StoreError: if a client has an order already, the round before is not committed, or the directory cannot
+                be written.
+        """
+        # What came before it must not be after it in the journal.
+        self.flush()
+        needed, begins = self._history.needed().keys(), self._history.open is None
+        self._note("ask", {**ask_fields(ask), "state": state, **(self._line() if begins else {})})
+        self._blobs.release(needed - self._history.needed().keys())
+        if begins:
+            self._opened_at = self._flushed_at = self._clock()
+            self._flushing_s = 0.0
+
+    def settle(
+        self, round: int, used: Sequence[str], failures: Mapping[str, Failure], sizes: Mapping[str, int]
+    ) -> None:
+        """Note a round's buffer and whom it waits for no more, together with the updates that are not durable yet.
+
+        Raises:
+            StoreError: if a client of the buffer has no update, or the directory cannot be written.
+        """
+        reasons = {name: [why.kind, why.reason] for name, why in failures.items()}
+        self._note_updates("settle", {"used": list(used), "failures": reasons, "sizes": sizes})
 
     def open(
         self,

@@ -85,7 +85,7 @@ def status(run: Path) -> Status:
         committed=history.committed,
         state=history.digests[-1] if history.digests else "",
         open=history.open.number if history.open else None,
-        missing=history.open.missing if history.open else (),
+        missing=history.missing,
         epochs=end.epoch,
         finished=history.finished,
         holder=holder(run),

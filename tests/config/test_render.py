@@ -27,6 +27,7 @@ from fedtune.methods.fedkseed_state import FedKSeedSettings
 from fedtune.methods.settings import RobustRule, ServerOptimizer
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
 from fedtune.planning.verbs import DESCENDING, DescendSettings
+from fedtune.rounds.asynchronous import AsyncSettings
 from fedtune.rounds.schedule import Schedule
 from tests.config.conftest import SHORTEST
 
@@ -89,6 +90,12 @@ SPLITS = st.one_of(
     some(Split, kind="files", by=None, clients=None, alpha=None, sizes=None, **WHOLE),
     some(Split, kind="meta", by="label", clients=4, alpha=None, sizes=None, file=None),
     some(Split, kind="file", clients=None, alpha=None, sizes=None, file="absent: p"),
+)
+SENDING = st.sampled_from(["after-aggregating", "after-receiving"])
+SHARES = {"staleness_exponent": st.floats(0, 9), "max_staleness": st.integers(0, 99), "concurrency": st.none()}
+OVERLAPPING = st.one_of(
+    st.builds(AsyncSettings, buffer=st.just(1), send=SENDING, **SHARES),
+    st.builds(AsyncSettings, trigger=st.just("time"), budget_s=st.floats(1e-3, 1e9), **SHARES),
 )
 LENGTHS = st.sampled_from([(3, None), (None, 0.5)])
 RATES = st.floats(1e-9, 1.0)
@@ -227,6 +234,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         rounds=replace(rounds, warmup=draw(st.integers(0, rounds.count - 1)), **steady),
         data=data_of(draw(some(DataSettings, fields=parts, template=template, split=draw(SPLITS))), packing),
         evaluate=draw(some(EvaluationSettings, references=(), every=draw(every), **causal)),
+        asynchronous=draw(st.none() | OVERLAPPING) if not METHODS[method.name].why_not_asynchronous else None,
         override=draw(st.lists(row, max_size=2).map(tuple)),
         report=draw(some(ReportSettings)),
     )

@@ -31,7 +31,7 @@ from fedtune.planning.planner import ClientObservation
 from fedtune.probing.replica import Replicas, restore
 from fedtune.rounds.clock import ClientTime, CompletedWork
 from fedtune.rounds.context import RoundContext
-from fedtune.rounds.journal import InterruptedRound, NullJournal, Probed, RoundJournal
+from fedtune.rounds.journal import AsyncJournal, InterruptedRound, NullJournal, Probed
 from fedtune.rounds.loop import RoundResult, run
 from fedtune.rounds.probe import Prober
 from fedtune.rounds.schedule import Schedule
@@ -281,7 +281,7 @@ def chosen(
     cohort: int | None = None,
     away: tuple[str, ...] = (),
     prober: Prober | None = None,
-    journal: RoundJournal | None = None,
+    journal: AsyncJournal | None = None,
     **options: Any,
 ) -> list[RoundResult]:
     return list(

@@ -9,8 +9,9 @@ import pytest
 
 from fedtune.errors import StoreError
 from fedtune.messages import Failure
-from fedtune.store.history import History, Place, has_begun, replay_journal
+from fedtune.store.history import History, has_begun, replay_journal
 from fedtune.store.journal import End, Journal
+from fedtune.store.orders import Place
 
 Step = tuple[str, Mapping[str, Any]]
 ONE, TWO = "1" * 64, "2" * 64
@@ -91,7 +92,11 @@ def test_a_finished_run_may_get_more_rounds() -> None:
     [
         ([], OPEN, "to begin with start; got open"),
         ([START], ("start", {"run": "other", "inputs": {}}), "expected the run r; got other"),
-        ([START], ("vote", {}), "of the kinds start, open, accept, close, commit, final, keep; got 'vote'"),
+        (
+            [START],
+            ("vote", {}),
+            "of the kinds start, open, accept, close, ask, settle, commit, final, keep; got 'vote'",
+        ),
         ([START], SECOND, "expected round 1 to begin once, after round 0 is committed; got 2"),
         ([START, OPEN], OPEN, "expected round 1 to begin once"),
         ([START], ("open", {**OPEN[1], "orders": {"ann": "a"}}), "expected an assignment for each client"),
