@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from fedtune.config import Recipe, bind
     from fedtune.errors import ConfigError, FedtuneError
     from fedtune.runs.deploy import deploy, load_pruned
+    from fedtune.runs.emulator import export_emulator
     from fedtune.runs.export import export, replay
     from fedtune.runs.merge import merge
+    from fedtune.runs.plug_back import plug_back
     from fedtune.runs.pruned_scores import views
 
 __all__ = [
@@ -30,8 +32,10 @@ __all__ = [
     "deploy",
     "evaluate",
     "export",
+    "export_emulator",
     "load_pruned",
     "merge",
+    "plug_back",
     "replay",
     "simulate",
     "site",
@@ -47,6 +51,8 @@ _HOMES = {
     "load_pruned": "runs.deploy",
     "views": "runs.pruned_scores",
     "export": "runs.export",
+    "export_emulator": "runs.emulator",
+    "plug_back": "runs.plug_back",
     "merge": "runs.merge",
     "replay": "runs.export",
 }

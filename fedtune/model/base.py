@@ -26,7 +26,7 @@ from fedtune.model.base_paths import check_vocabulary
 from fedtune.model.blocks import block_numbers
 from fedtune.model.classes import Classes, draw_output_layer, output_layer
 from fedtune.model.device import DTYPES, choose_device, name_of, number_format, share_devices
-from fedtune.model.emulator_facts import resolve_layers
+from fedtune.model.emulator_facts import middle_notes, resolve_layers
 from fedtune.model.fused_loss import projects_plainly
 from fedtune.model.libraries import quiet
 from fedtune.model.load_checks import (
@@ -346,6 +346,7 @@ def base_of(
     modules = find_targets(model, adapter.targets, leave_out=saved_modules, rank=adapter.rank, layers=layers)
     if "all-linear" in adapter.targets:
         notes = [*notes, *frozen_notes(model, modules, leave_out=saved_modules, layers=layers)]
+    notes = [*notes, *middle_notes(path, [*modules, *saved_modules])]
     return Base(
         name=settings.base,
         path=path,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -195,18 +195,43 @@ def resolve_layers(
     return ", ".join(map(str, facts.ends))
 
 
+def middle_notes(path: str | Path, modules: Collection[str]) -> Sequence[str]:
+    """Return what a user should know of adapters in an emulator's middle; nothing of any other base.
+
+    Args:
+        path: folder of the base.
+        modules: full names of the layers that are trained.
+    """
+    folder = Path(path)
+    if not (folder / NAME).is_file():
+        return ()
+    facts = read(folder)
+    inside = [name for name in modules if middle_block(name, facts)]
+    if not inside:
+        return ()
+    return [
+        f"an emulator of {facts.base}: {len(inside)} adapted layers lie in its middle, such as {inside[0]}; what they "
+        f'learn cannot be put back into the true base; set adapter.layers = "{ENDS}"'
+    ]
+
+
+def middle_block(name: str, facts: EmulatorFacts) -> bool:
+    """Return whether a module or tensor lies in a block of an emulator that is none of its ends."""
+    number = name.removeprefix(f"{facts.blocks}.").partition(".")[0]
+    return name.startswith(f"{facts.blocks}.") and not (number.isdecimal() and int(number) in facts.ends)
+
+
 def true_name(name: str, facts: EmulatorFacts) -> str:
     """Return the true base's name of a module or tensor of an emulator; outside of the blocks it is the same.
 
     Raises:
         ConfigError: if it lies in the middle, which is not the true base's.
     """
+    if middle_block(name, facts):
+        expected = f"changes of the ends alone (blocks {', '.join(map(str, facts.ends))} of the emulator)"
+        hint = f'train with adapter.layers = "{ENDS}": a change of the middle fits no layer of the true base'
+        raise ConfigError(Fault(name, expected, "one of its middle", hint))
     if not name.startswith(f"{facts.blocks}."):
         return name
     number, _, rest = name.removeprefix(f"{facts.blocks}.").partition(".")
-    place = int(number) if number.isdecimal() else -1
-    if place not in facts.ends:
-        expected = f"changes of the ends alone (blocks {', '.join(map(str, facts.ends))} of the emulator)"
-        hint = 'train with adapter.layers = "ends": a change of the middle fits no layer of the true base'
-        raise ConfigError(Fault(name, expected, "one of its middle", hint))
-    return f"{facts.blocks}.{facts.layers[place]}" + (f".{rest}" if rest else "")
+    return f"{facts.blocks}.{facts.layers[int(number)]}" + (f".{rest}" if rest else "")

@@ -80,7 +80,7 @@ def export_emulator(
     Args:
         source: a recipe, a run directory, or the base as `model.base` names it.
         out: folder to write, new or empty.
-        settings: what it keeps.
+        settings: what it keeps; without them one block at each end, and half of the middle.
         dtype: number format of the weights; the checkpoint's own without it.
         text: public text in a file that `data.source` could name, by which the middle is distilled; none: it is not.
         distill: how long and towards what, with text.
@@ -95,6 +95,7 @@ def export_emulator(
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
+    settings = settings or EmulatorSettings()
     check_settings(settings, dtype, DTYPES)
     watch(Phase("loading the base"))
     base, stored = load_true_base(source)
@@ -248,11 +249,20 @@ def load_true_base(source: str | Path) -> tuple[Base, str]:
 
 
 def read_text(text: Path, base: Base) -> Sequence[Example]:
-    """Return public text in rows of the same length, as far as it fills them."""
+    """Return public text in rows of the same length, as far as it fills them.
+
+    Raises:
+        ConfigError: if there is no such file, or no text in it.
+    """
     settings = DataSettings(
         source=str(text), split=Split("iid", clients=1), template="plain", max_tokens=min(ROW_TOKENS, base.positions)
     )
-    source = read_source(settings, Path(), task="causal")
+    try:
+        source = read_source(settings, Path(), task="causal")
+    except ConfigError as error:
+        # The settings are not the user's own: of them only the file is.
+        faults = [replace(fault, path="distill") for fault in error.faults]
+        raise ConfigError(faults) from error
     columns = {name: source.rows.column(name) for name in source.rows.names}
     encoded = encode_causal(columns, settings, base.tokenizer, place=source.place)
     examples = [example for example in encoded.examples if example is not None and len(example.input_ids) > 1]

@@ -87,6 +87,9 @@ def plug_back(
         raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
     tuned, origin = export_module.of_round(path, round) if round else export_module.open_run(path)
     bound = bind_to_score(path)
+    if bound.adapter.kind != "lora":
+        expected = "a run of adapter.kind = 'lora', whose change lies in layers that the true base has too"
+        raise ConfigError(Fault("plug-back", expected, repr(bound.adapter.kind), "train the ends by LoRA"))
     watch(Phase("loading the emulator"))
     emulator, facts, test = load_emulator(bound, origin, path)
     watch(Phase("loading the true base"))

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fedtune.errors import ConfigError, StoreError
+from fedtune.client.perform import perform
+from fedtune.errors import ClientError, ConfigError, StoreError
+from fedtune.messages import Assignment, Plan, Training, TrainLora
 from fedtune.model.base import load, load_tokenizer
 from fedtune.model.distill import DistillSettings
 from fedtune.model.emulator_facts import NAME, read
@@ -95,7 +97,9 @@ def test_a_distilled_middle_comes_nearer(kind: Any, deep: Path, tmp_path: Path) 
     assert course is not None
     assert course["last_error"] < course["first_error"]
     assert course["steps"] == 10
-    assert str(tmp_path) not in (written.path / NAME).read_text()
+    texts = [file.read_text() for file in written.path.glob("*.json")]
+    assert texts
+    assert not any(str(tmp_path) in text or str(deep) in text for text in texts)
     assert sum(isinstance(note, Note) for note in notes) == 10
     assert load_ends(written.path).digest == written.facts.digests["float32"]
 
@@ -148,6 +152,18 @@ def test_settings_of_no_emulator(
     assert not list(tmp_path.iterdir())
 
 
+def test_text_that_is_not_there_or_empty(deep: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "short.jsonl"
+    empty.write_text('{"text": "a"}\n')
+    for text, words in (
+        (tmp_path / "none.jsonl", "^distill: .*none"),
+        (empty, "^distill: expected text of at least two"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            export_emulator(deep, tmp_path / "emulator", text=text)
+    assert not (tmp_path / "emulator").exists()
+
+
 def test_an_emulator_overwrites_nothing(deep: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="it holds files"):
@@ -166,6 +182,29 @@ def test_an_emulator_json_of_other_weights_is_refused(deep: Path, tmp_path: Path
         load_ends(one)
     with pytest.raises(ConfigError, match="expected the folder of an emulator"):
         load_ends(deep)
+
+
+def test_adapters_in_the_middle_are_named_before_the_run(deep: Path, tmp_path: Path) -> None:
+    written = export_emulator(deep, tmp_path / "emulator").path
+    [note] = load_ends(written, None).notes
+    assert note.startswith(
+        f"an emulator of {deep.name}: 14 adapted layers lie in its middle, such as model.layers.1.mlp"
+    )
+    assert note.endswith('set adapter.layers = "ends"')
+    assert load_ends(written).notes == ()
+    assert load_ends(deep, None).notes == ()
+
+
+def test_a_client_with_another_emulator_trains_nothing(deep: Path, tmp_path: Path) -> None:
+    ours = load_ends(export_emulator(deep, tmp_path / "ours").path)
+    theirs = load_ends(export_emulator(deep, tmp_path / "other", EmulatorSettings(drop=0.7)).path)
+    plan = Plan(client="a", rank=1, scale=1.0, training=Training(batch=1, learning_rate=0.1, steps=1))
+    assignment = Assignment("fedit", 1, 0, plan, TrainLora(a_key=0), base=ours.digest)
+    with pytest.raises(ClientError, match=f"a: expected base {ours.digest[:12]}; has {theirs.digest[:12]}"):
+        perform(theirs, [], assignment, threads=1)
+    settings = settings_of(tmp_path / "other", digest=ours.digest)
+    with pytest.raises(ConfigError, match=r"model\.digest: expected the base of digest"):
+        load(settings, AdapterSettings(), tokenizer=load_tokenizer(settings, Path()), root=Path(), seed=0)
 
 
 def test_a_base_of_a_recipe_and_a_classifier(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fedtune.model.emulator_facts import NAME, encode, read
 from fedtune.runs.emulator import EmulatorSettings, digest_as_loaded, export_emulator
 from fedtune.runs.plug_back import EMULATOR, FULL, PLUGGED_BACK, ZERO_SHOT, gives_away, plug_back
 from fedtune.store import manifest
-from tests.conftest import Simulated
+from tests.conftest import Simulated, kseed
 from tests.runs.offsite import Tables, deep_base, over
 
 # peft asks transformers by a name that transformers is about to drop
@@ -107,6 +107,22 @@ def test_modules_trained_whole_are_renamed_too(
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.inference_mode():
         torch.testing.assert_close(adapted(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-5, rtol=0)
+
+
+def test_seeds_of_kron_are_plugged_back_as_factors(
+    simulated: Simulated, tables: Tables, deep: Path, emulators: dict[float, Path], tmp_path: Path
+) -> None:
+    seeds = kseed(over(tables, emulators[0.5], None), "kron")
+    seeds["adapter"] = {"targets": ["all-linear"], "layers": "ends"}
+    seeds["client"]["steps"] = seeds["rounds"]["count"] = 1
+    run = simulated(seeds, tmp_path / "run").path
+    written = plug_back(run, deep)
+    assert {name.split(".")[4] for name in load_file(written.path / WEIGHTS)} == {"0", "5"}
+    assert written.scores[ZERO_SHOT] != written.scores[PLUGGED_BACK]
+    other = kseed(over(tables, emulators[0.5], None), "hadamard")
+    other["client"]["steps"] = other["rounds"]["count"] = 1
+    with pytest.raises(ConfigError, match="only bank = 'kron' over the weights of adapted layers"):
+        plug_back(simulated(other, tmp_path / "other").path, deep)
 
 
 def test_another_base_than_the_emulators_is_refused(
