@@ -16,6 +16,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from docs.command_pages import command_page, commands
+from docs.data_pages import preset_table
 from docs.edge_pages import edge_page
 from docs.guarantees import guarantees_page, marked_tests, read_record
 from docs.schema_pages import enum_table, exception_table, message_blocks, record_table
@@ -28,6 +29,7 @@ MARKERS: Mapping[str, Any] = {
     "messages": message_blocks,
     "exceptions": exception_table,
     "record": record_table,
+    "presets": preset_table,
 }
 """What a line `[[generated NAME ARGUMENTS]]` of a page becomes."""
 

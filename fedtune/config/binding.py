@@ -15,7 +15,7 @@ from annotated_types import Ge
 from fedtune.config.checks import check
 from fedtune.config.error_text import display, join_words, nearest, quote
 from fedtune.config.plugins import find_method, find_planner, method_names, planner_names
-from fedtune.config.presets import PRESETS, expand_preset
+from fedtune.config.presets import PRESETS, expand_data_preset, expand_preset
 from fedtune.config.reading import apply_overrides, read
 from fedtune.config.recipe import AT_SITES, PYTHON, PYTHON_PLANNER, SECTIONS, Objects, Recipe
 from fedtune.config.rows import bind_devices, bind_overrides
@@ -70,7 +70,7 @@ def bind(
     label, stem, root, table = read(source)
     faults: list[Fault] = []
     objects = objects or Objects()
-    table = expand_preset(with_objects(apply_overrides(table, overrides, faults), objects))
+    table = expand_data_preset(expand_preset(with_objects(apply_overrides(table, overrides, faults), objects)))
     values = bind_sections(with_defaults(table, root, objects), objects, faults)
     values |= {"root": root, "objects": objects, "name": bind_name(table.get("name", stem), faults)}
     values["seed"] = bind_value(Annotated[int, Ge(0)], table.get("seed", 0), "seed", faults)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from fedtune.config.binding import bind_name
+from fedtune.config.presets import expand_data_preset
 from fedtune.config.reading import apply_overrides, read
 from fedtune.config.tables import apply_rule, bind_table, bind_value, freeze_table, unknown_keys
 from fedtune.data.federation import Federation, Shard
@@ -89,7 +90,7 @@ def bind_site(path: Path) -> SiteSettings:
         raise ConfigError(fault, source=str(path))
     label, stem, root, read_table = read(path)
     faults: list[Fault] = []
-    table = apply_overrides(read_table, (), faults)
+    table = expand_data_preset(apply_overrides(read_table, (), faults))
     faults.extend(unknown_keys(table, ("name", "seed", *TABLES), ""))
     needed = ("model", "data") if names_bundle(table, root) else ("model", "adapter", "data")
     for name in needed:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from fedtune.data.conversation import ConversationError, from_prompt, without_nulls, write_turns
+from fedtune.data.presets import columns_of
 from fedtune.data.settings import GROUP, DataSettings, Part, Task
 from fedtune.data.table import Table
 from fedtune.errors import ConfigError, Fault
@@ -54,6 +55,8 @@ def choose(settings: DataSettings, names: Sequence[str], where: str, task: Task)
     mapped = dict(settings.fields)
     if task == "classification":
         return _for_classes(mapped, names, where)
+    if settings.preset is not None:
+        mapped = {**columns_of(settings.preset, names, where), **mapped}
     return _for_causal(mapped, names, where)
 
 

@@ -17,6 +17,9 @@ it may call."""
 
 Task = Literal["causal", "classification"]
 
+PresetName = Literal["alpaca", "alpaca-cleaned", "dolly", "gsm8k", "rosetta", "code-search-net"]
+"""Data sets that have a name; see `data.presets`."""
+
 GROUP = "group"
 """The column that holds what the split divides by: the value of `split.by`, the name of the row's file, or the client's
 name where rows are given by client."""
@@ -103,6 +106,12 @@ class DataSettings:
     is the name of an entry point `fedtune.data` of an installed package, which gives rows by client."""
     subset: str | None = None
     """Name of the configuration of a hub data set, where it has several."""
+    revision: str | None = field(default=None, metadata=OMIT_DEFAULT)
+    """Commit, tag or branch of a hub data set; none: the newest."""
+    preset: PresetName | None = field(default=None, metadata=OMIT_DEFAULT)
+    """A data set of the literature: what its columns mean, the template `alpaca`, and as `source`, `subset` and
+    `revision` its place on the hub. Keys that the recipe gives come first; with a `source` of its own, which may be a
+    local copy under the published or the hub's column names, only columns and template are taken from it."""
     streaming: bool = field(default=False, metadata=OMIT_DEFAULT)
     """Read only the first `limit` rows of a hub data set, over the network as they are needed, and store nothing."""
     fields: Mapping[Part, str] = field(default_factory=dict)

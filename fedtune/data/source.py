@@ -11,6 +11,7 @@ from typing import Any
 from fedtune.data.files import ENDINGS, read_file, without_package
 from fedtune.data.partition import sorted_values
 from fedtune.data.paths import Place, group_names, places
+from fedtune.data.presets import naming_file
 from fedtune.data.rows import absent, cells, choose, read_parts
 from fedtune.data.settings import GROUP, DataSettings, Task
 from fedtune.data.table import Table, from_rows, table_of
@@ -104,7 +105,8 @@ def _read(
 ) -> Source:
     by, by_file = settings.split.by, settings.split.kind == "files"
     rows: dict[str, list[str]] = {}
-    chosen_places, note = places([source] if isinstance(source, str) else source, settings.format, root, key)
+    with naming_file(settings.preset):
+        chosen_places, note = places([source] if isinstance(source, str) else source, settings.format, root, key)
     names = group_names([place.name for place in chosen_places]) if grouped and by_file else []
     notes, files = [note] if note else [], []
     for number, place in enumerate(chosen_places):
@@ -147,7 +149,8 @@ def _table(place: Place, settings: DataSettings, key: str) -> Table:
     except ModuleNotFoundError as error:
         got = f"{place.name!r}, which is no file here," if place.form == "hub" else place.name
         raise without_package("datasets", "saved data sets and those of a hub", got) from error
-    return read_hub(place.name, settings, key) if place.form == "hub" else read_saved(place.name, key)
+    with naming_file(settings.preset if place.form == "hub" else None):
+        return read_hub(place.name, settings, key) if place.form == "hub" else read_saved(place.name, key)
 
 
 def _given_table(given: Any, where: str) -> Table:

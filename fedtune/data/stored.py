@@ -39,10 +39,12 @@ def read_hub(source: str, settings: DataSettings, key: str) -> Table:
     name, _, split = source.partition(":")
     try:
         if settings.streaming and key == "data.source":
-            data = load_dataset(name, settings.subset, split=split or "train", streaming=True)
+            data = load_dataset(
+                name, settings.subset, split=split or "train", streaming=True, revision=settings.revision
+            )
             return _read_stream(data, settings.limit)
         # Data scripts are code from the network; `datasets` 4 and later refuse to run them, and so does fedtune.
-        data = load_dataset(name, settings.subset, split=split or "train")
+        data = load_dataset(name, settings.subset, split=split or "train", revision=settings.revision)
     except HUB_ERRORS as error:
         hint = "give a local path, or download it once and set HF_HOME"
         got = f"{source!r} ({_reason(error)})"

@@ -7,6 +7,7 @@ from pathlib import Path
 from fedtune.config import Recipe
 from fedtune.config.recipe import PYTHON
 from fedtune.data.paths import places
+from fedtune.data.presets import naming_file
 from fedtune.model.base_paths import check_vocabulary, local_base
 
 
@@ -26,7 +27,8 @@ def check_paths(recipe: Recipe) -> None:
         return
     for key, source in (("data.source", data.source), ("data.test", data.test)):
         if source is not None:
-            places([source] if isinstance(source, str) else source, data.format, recipe.root, key)
+            with naming_file(data.preset):
+                places([source] if isinstance(source, str) else source, data.format, recipe.root, key)
 
 
 def is_model(folder: Path) -> bool:

@@ -45,7 +45,7 @@ def test_a_stream_gives_its_first_rows_and_no_more(tmp_path: Path, monkeypatch: 
         {"text": "a", "label": "pos"},
         {"text": "b", "label": "neg"},
     ]
-    assert asked == [(("meta/data", None), {"split": "test", "streaming": True})]
+    assert asked == [(("meta/data", None), {"split": "test", "streaming": True, "revision": None})]
     assert len(read(tmp_path, "meta/data", **options)) == 3  # the limit is drawn later, at random
     (tmp_path / "x.jsonl").write_text(lines(ROWS))
     assert "data.source: expected a hub data set, with data.streaming; got" in refusal(
