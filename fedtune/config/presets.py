@@ -8,7 +8,7 @@ from typing import Any
 from fedtune.data.presets import PRESETS as NAMED_DATA
 from fedtune.data.presets import TEMPLATE, Preset
 
-DATA_PRESETS: Mapping[str, Preset] = {**NAMED_DATA}
+DATA_PRESETS: Mapping[str, Preset] = {str(name): preset for name, preset in NAMED_DATA.items()}
 """Data sets by the name in `data.preset`."""
 
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
