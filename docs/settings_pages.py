@@ -128,6 +128,7 @@ PLAIN_NUMBERS = frozenset(
             "clip",
             "clip_norm",
             "coverage_floor",
+            "dpo_beta",
             "largest_rate",
             "learning_rate",
             "max_norm",

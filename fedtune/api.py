@@ -419,7 +419,8 @@ def compare(
         budgets: per client, such as `10MB`, `600s`, `5kJ`: within which the best quality is shown; without one the
             least that any of the runs has spent.
         target: value of the measure up to which costs are counted; without it the one at which the weakest recipe ends.
-        measure: of quality: loss, perplexity, bits_per_character, accuracy, macro_f1, rouge_l or exact_match.
+        measure: of quality: loss, perplexity, bits_per_character, accuracy, macro_f1, rouge_l, exact_match,
+            reward_accuracy, reward_margin or preferred.
         watch: called with each event of every run; without it they are shown as `simulate` shows them.
 
     Raises:

@@ -21,6 +21,7 @@ from fedtune.tasks import (
     ImportanceName,
     Plan,
     PlannedClient,
+    Preference,
     ProbeSeeds,
     Proximal,
     Pruning,
@@ -66,6 +67,7 @@ __all__ = [
     "Outcome",
     "Plan",
     "PlannedClient",
+    "Preference",
     "ProbeResult",
     "ProbeSeeds",
     "Proximal",
@@ -335,6 +337,8 @@ class ScoreRequest:
     """Class names that the client must use, by class; none: its own."""
     date: str = ""
     """The day that its chat template writes, such as "2026-11-29"; empty: its own."""
+    preference: Preference | None = None
+    """By which preferred and rejected answers are scored, where the objective compares them."""
 
 
 @dataclass(frozen=True)

@@ -83,12 +83,28 @@ class Training:
     proximal: Annotated[float, Ge(0)] = field(default=0.0, metadata={**ON_SERVER, **OMIT_DEFAULT})
     """FedProx's mu: adds mu / 2 times the squared distance from the received values to the loss, for all that is
     trained; 0 is off."""
+    objective: Literal["likelihood", "dpo"] = field(default="likelihood", metadata={**ON_SERVER, **OMIT_DEFAULT})
+    """What training makes better. likelihood: the probability of each row's answer; dpo: that of the preferred answer
+    over the rejected one, of rows that have both (`chosen` and `rejected`), as compared with the base."""
+    dpo_beta: Annotated[float, Gt(0)] = field(default=0.1, metadata={**ON_SERVER, **OMIT_DEFAULT})
+    """DPO's beta, with the objective dpo: how strongly a client is held to the base; the smaller, the further a pair of
+    answers is moved apart before it counts as learned."""
 
     @property
     def rate(self) -> float:
         """The learning rate, where it is known to be a number, as in every order."""
         assert self.learning_rate != "auto"
         return self.learning_rate
+
+    @property
+    def preference(self) -> Preference | None:
+        """The term that replaces the likelihood, where the objective compares answers."""
+        return Preference(self.dpo_beta) if self.objective == "dpo" else None
+
+    @property
+    def rows(self) -> int:
+        """Texts per forward pass: of a row with two answers both."""
+        return self.batch * (2 if self.objective == "dpo" else 1)
 
 
 @dataclass(frozen=True)
@@ -192,7 +208,19 @@ class Proximal:
     """At least 0."""
 
 
-Term: TypeAlias = TailRank | Proximal
+@dataclass(frozen=True)
+class Preference:
+    """Term of a client's objective, in place of the likelihood: the preferred answer of each row over the rejected one.
+
+    -log sigmoid(beta (log p(preferred)/p0(preferred) - log p(rejected)/p0(rejected))), p0 by the base without any
+    change; DPO, Rafailov et al., NeurIPS 2023, arXiv 2305.18290, equation 7.
+    """
+
+    beta: float
+    """Above 0."""
+
+
+Term: TypeAlias = TailRank | Proximal | Preference
 
 
 @dataclass(frozen=True)
@@ -233,7 +261,8 @@ class TrainLora:
     wire_dtype: WireDtype = "bf16"
     """Number format of the upload; modules_to_save always travel in fp32."""
     terms: tuple[Term, ...] = ()
-    """Of the objective, beside the loss on the client's examples; each kind at most once."""
+    """Of the objective, beside the loss on the client's examples or, with `Preference`, in its place; each kind at most
+    once."""
     blobs: Mapping[str, Tensors] = field(default_factory=dict)
     """Tensors by role: `global` (frozen adapter), `local` (start of the trainable one), `saved` (modules_to_save),
     `moments` (of the base's layers, by which a pruned model is repaired).

@@ -122,7 +122,7 @@ FAULTS = (
           "trimming leaves out the smallest numbers alone"),
     Fault("methods/robust.py", "method.advance(state.inner, combined.mean)", "state.inner",
           "a robust rule's result is thrown away"),
-    Fault("methods/method.py", "terms=(*task.terms, *proximal)", "terms=task.terms",
+    Fault("methods/method.py", "terms=(*task.terms, *recipe_terms(plan.training))", "terms=task.terms",
           "the term of FedProx is not sent", ("model/test_objective.py",)),
     # Arithmetic that methods stand on.
     Fault("tensors.py", "acc = np.zeros(first[name].shape, np.float64)",

@@ -153,6 +153,35 @@ def test_pruned_clients_come_to_the_same_bits_and_the_same_choices(engine: Engin
     assert {ratio for _, _, *plans in expected for _, ratio, _ in plans} == {0.0, 0.5}
 
 
+def compared(tables: Tables, folder: Path) -> Tables:
+    """The same recipe over rows with two answers, which its clients compare, by a method that steps from a mean."""
+    rows = [json.loads(line) for line in Path(tables["data"]["source"]).read_text().splitlines()]
+    pairs = [
+        {"chosen": row["text"], "rejected": " ".join(reversed(row["text"].split())), "who": row["who"]} for row in rows
+    ]
+    source = folder / "pairs.jsonl"
+    source.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return tables | {
+        "method": "fedit",
+        "client": tables["client"] | {"objective": "dpo", "dpo_beta": 0.2},
+        "data": tables["data"] | {"source": str(source)},
+        "override": [],
+    }
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(chosen("processes", 2), id="processes"),
+        pytest.param(in_memory_grid, id="grid"),
+    ],
+)
+def test_clients_that_compare_answers_come_to_the_same_bits(engine: Engine, tables: Tables, tmp_path: Path) -> None:
+    experiments = [prepare(bind(compared(tables, tmp_path)))]
+    expected = played(experiments, chosen("inprocess", 1))
+    assert played(experiments, engine) == expected
+
+
 def arms(tables: Tables, mode: str) -> Tables:
     """The same recipe with clients that train the upper block alone, go back through a part of all, are sent little."""
     override = [

@@ -40,6 +40,7 @@ from fedtune.model.class_sums import sum_classes
 from fedtune.model.lora import frozen_change, read_local, start, with_adapters
 from fedtune.model.moments import Moments
 from fedtune.model.objective import Hooks
+from fedtune.model.preference import check_rows, num_referred, preference_of, with_margins, with_reference
 from fedtune.model.pruned_training import Structures
 from fedtune.model.repair import Repair, repair_of
 from fedtune.model.selective_backward import Windows, with_selective_backward
@@ -89,6 +90,8 @@ def perform(
     """
     replicas = replicas or Replicas()
     head = replicas.head(assignment.probe) if isinstance(assignment.task, SeedTask) else {}
+    terms = assignment.task.terms if isinstance(assignment.task, TrainLora) else ()
+    check_rows(examples, terms, assignment.plan.client)
     with libraries.threads(threads), with_head(base, head) as base:
         match assignment.task:
             case ProbeSeeds() | DescendSeeds():
@@ -110,7 +113,7 @@ def train_adapter(
     shares: Shares = ALONE,
 ) -> ClientUpdate:
     """Train the adapter of an assignment on the client's examples, in a pruned model if the task says so."""
-    refuse_unsupported(assignment.plan)
+    refuse_unsupported(assignment.plan, task)
     plan, assignment = assignment.plan, in_numbers(assignment, "global", "local")
     task = assignment.lora
     # Before training: hours of work on another base would only be refused in the end.
@@ -135,9 +138,17 @@ def train_adapter(
             extend = partial(Hooks, terms=task.terms) if task.terms else None
             rows = loss_rows(examples, held_out, plan.client, count=num_loss_rows(examples_seen(plan.training)))
             initial, began = start(task, plan, base.modules), time.perf_counter()
+            referred = 0
+            if (preference := preference_of(task.terms)) is not None:
+                examples = with_margins(base, examples, preference, plan.training, key=assignment.seed)
+                rows = with_reference(base, rows, preference, plan.training)
+                referred = num_referred(examples) + num_referred(rows)
             scores, tokens = module_importance.before_training(base, examples, assignment, initial)
             learned = train_locally(base, examples, assignment, initial, extend, rows, on_step, shares)
             result, measured = lora_result(base, assignment, task, learned), learned.measured
+            if referred:
+                seconds = time.perf_counter() - began
+                measured = replace(measured, seconds=seconds, side_tokens=measured.side_tokens + referred)
             if plan.importance:
                 late, more = module_importance.after_training(base, examples, assignment, learned.final, learned.saved)
                 measured = replace(
@@ -150,10 +161,13 @@ def train_adapter(
     return ClientUpdate(plan.client, assignment.round, len(examples), result, measured)
 
 
-def refuse_unsupported(plan: Plan) -> None:
+def refuse_unsupported(plan: Plan, task: TrainLora) -> None:
     """Raise ClientError for what a plan may ask and this client does not do: nothing is left out in silence."""
+    preference, pruning = preference_of(task.terms), task.pruning is not None
     asked = {
         f"an adapter of the {plan.view} model alone": plan.view != "whole" and plan.ratio == 0,
+        "answers that are compared in a pruned model": preference is not None and (pruning or plan.ratio > 0),
+        "answers that are compared in packed rows": preference is not None and plan.training.packing,
         "scores of the modules of a pruned model": bool(plan.importance) and plan.ratio > 0,
     }
     if unsupported := [what for what, is_asked in asked.items() if is_asked]:

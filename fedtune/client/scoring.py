@@ -14,6 +14,7 @@ from fedtune.messages import ClientScores, ScoreRequest
 from fedtune.model import libraries
 from fedtune.model.base import Base
 from fedtune.model.evaluate import evaluate
+from fedtune.model.preference import check_rows
 from fedtune.model.seed_rebuild import with_rebuilt_weights
 from fedtune.tensors import Tensors
 
@@ -33,13 +34,15 @@ def score(base: Base, held_out: Sequence[Example], request: ScoreRequest, *, thr
     rows = held_out[: request.examples or None]
     if not rows:
         raise ClientError(f"{name}: expected rows that are held out; got none; set data.held_out above 0")
+    check_rows(rows, (request.preference,) if request.preference else (), name)
     adapter, saved = unpack(request.blobs.get("global", {})), request.blobs.get("saved", {})
     if request.ledger:
         head, saved = saved, {}  # that the seeds move: it comes before them, and not after
     else:
         head = {}
     with libraries.threads(threads), with_seeds(base, request, head):
-        metrics = evaluate(base, adapter, saved, {name: rows}, batch=request.batch)[name]
+        preference = request.preference
+        metrics = evaluate(base, adapter, saved, {name: rows}, batch=request.batch, preference=preference)[name]
     return ClientScores(name, request.round, base.digest, metrics, time.perf_counter() - began)
 
 

@@ -18,6 +18,7 @@ from fedtune.config.planner_checks import (
     planner_method_faults,
     pruning_faults,
 )
+from fedtune.config.preference_checks import preference_faults
 from fedtune.config.recipe import Recipe, method_type_of, requested_verbs
 from fedtune.config.tables import apply_rule
 from fedtune.config.verb_checks import (
@@ -106,16 +107,18 @@ def schedule_faults(recipe: Recipe) -> Iterator[Fault]:
 METRICS: Mapping[str, Sequence[str]] = {
     "causal": ("loss", "perplexity", "bits_per_character", "rouge_l", "exact_match"),
     "classification": ("loss", "accuracy", "macro_f1"),
+    "dpo": ("loss", "reward_accuracy", "reward_margin", "preferred", "rouge_l", "exact_match"),
 }
-"""Scores of `rounds.metric`, by task."""
+"""Scores of `rounds.metric`, by task; of the objective dpo its own."""
 
 
 def selection_faults(recipe: Recipe) -> Iterator[Fault]:
     """Refuse to look for the best round by a score that is not taken."""
-    rounds, evaluate, known = recipe.rounds, recipe.evaluate, METRICS[recipe.model.task]
+    kind = "dpo" if recipe.client.objective == "dpo" else recipe.model.task
+    rounds, evaluate, known = recipe.rounds, recipe.evaluate, METRICS[kind]
     asking = {"keep": rounds.keep == "best", "patience": rounds.patience is not None}
     if rounds.metric not in known:
-        yield Fault("rounds.metric", f"one of {join_words(known)} for {recipe.model.task} models", repr(rounds.metric))
+        yield Fault("rounds.metric", f"one of {join_words(known)} for {kind} models", repr(rounds.metric))
     elif rounds.metric in ("rouge_l", "exact_match") and not evaluate.generate:
         hint = "set evaluate.generate to the number of test examples that are answered"
         yield Fault("rounds.metric", "a score that is taken", f"{rounds.metric!r} with evaluate.generate = 0", hint)
@@ -437,6 +440,7 @@ def training_apart(recipe: Recipe) -> Mapping[str, str]:
         "client.gradient_checkpointing": (recipe.client.gradient_checkpointing, "true"),
         "client.packing": (recipe.client.packing, "true"),
         "client.proximal": (recipe.client.proximal > 0, f"{recipe.client.proximal:g}"),
+        "client.objective": (recipe.client.objective != "likelihood", quote(recipe.client.objective)),
         "pruning": (recipe.pruning is not None, "that table"),
     }
     return {path: got for path, (there, got) in reasons.items() if there}
@@ -501,6 +505,7 @@ RULES: Sequence[Rule] = (
     template_faults,
     column_faults,
     causal_only_faults,
+    preference_faults,
     start_faults,
     object_faults,
     batched_clients_faults,

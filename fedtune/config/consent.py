@@ -347,6 +347,7 @@ def score_differences(recipe: Recipe, profile: ClientProfile, request: ScoreRequ
         base=recipe.model.digest or profile.foundation.base,
         batch=settings.batch,
         examples=settings.client_examples or 0,
+        preference=recipe.client.preference,
     )
     return [*differences(Comparison(recipe, profile, allowed, expected, request), expected, request, "")]
 

@@ -60,6 +60,12 @@ class Example:
     token_types: Ids | None = None
     """(tokens,), what the tokenizer calls token_type_ids: the text of a pair that a token belongs to; None where it
     gives none, or all are 0."""
+    rejected: Example | None = None
+    """The same prompt with the answer that this one is preferred to; None for rows of one answer."""
+    beta: float = 0.0
+    """Of rows with a rejected answer: how far a client is to move from the reference (`Preference`), once it knows."""
+    margin: float = 0.0
+    """Of the same: log p(this answer) - log p(the rejected one) by the reference, once the client has measured it."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class Encoded:
     """(rows,), uncut."""
     unanswered: int = 0
     """Conversations without a turn of the assistant that answers anything; their example is None."""
+    equal: Sequence[str] = ()
+    """Places of the rows whose preferred and rejected answer are equal; their example is None."""
 
 
 @dataclass(frozen=True)

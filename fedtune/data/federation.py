@@ -16,6 +16,7 @@ from fedtune.data.labels import alike, class_names
 from fedtune.data.mix import Mix
 from fedtune.data.partition import Rows
 from fedtune.data.partition_file import ClientRows, Division, all_rows
+from fedtune.data.preference import encode_preferences, holds_preferences
 from fedtune.data.repeats import fingerprints, note_on_held_out, note_on_test
 from fedtune.data.settings import GROUP, DataSettings, Form, Task, faults
 from fedtune.data.source import Source, read_rows, read_source, read_test
@@ -51,6 +52,11 @@ class Federation:
     """Which rows each client of the split holds; None of data that are not here."""
     mix: Mix | None = None
     """Rows of each label by client of the split; None where rows have no label, or each client has one alone."""
+
+    @property
+    def compared(self) -> bool:
+        """Whether the rows hold rejected answers, for the objective "dpo"."""
+        return any(holds_preferences(shard.train[:1]) for shard in self.clients.values())
 
 
 def federate(
@@ -221,6 +227,9 @@ def digest(federation: Federation) -> str:
                 sha.update(f"{part.shape}\0".encode() + part.tobytes())
             if example.token_types is not None:
                 sha.update(b"token types\0" + example.token_types.tobytes())
+            if (other := example.rejected) is not None:
+                for part in (other.input_ids, np.asarray(other.labels, np.int64)):
+                    sha.update(f"rejected\0{part.shape}\0".encode() + part.tobytes())
     return sha.hexdigest()
 
 
@@ -233,7 +242,8 @@ def _encode(
     if labels:
         return encode_classes(columns, settings, tokenizer, labels=labels)
     at = range(rows.count) if part is None else part.tolist()
-    return encode_causal(columns, settings, tokenizer, place=lambda row: source.place(at[row]))
+    encode = encode_preferences if "rejected" in columns else encode_causal
+    return encode(columns, settings, tokenizer, place=lambda row: source.place(at[row]))
 
 
 def _shards(
@@ -262,6 +272,8 @@ def _shards(
 def _no_example(name: str, encoded: Encoded, settings: DataSettings) -> Fault:
     """Return what is wrong with a client without a training example."""
     expected = f"at least one training example for client {name!r}"
+    if encoded.equal and len(encoded.equal) == len(encoded.examples):
+        return Fault("data.source", expected, f"{len(encoded.equal)} rows, each with equal answers")
     if encoded.unanswered == len(encoded.examples):
         got = f"{encoded.unanswered} conversations, none with a turn of the assistant that answers"
         return Fault("data.source", expected, got)
@@ -271,13 +283,19 @@ def _no_example(name: str, encoded: Encoded, settings: DataSettings) -> Fault:
 
 def _notes(parts: Sequence[Encoded], settings: DataSettings) -> list[str]:
     examples = [example for part in parts for example in part.examples]
-    unanswered = sum(part.unanswered for part in parts)
-    rows, dropped, limit = len(examples), examples.count(None) - unanswered, settings.max_tokens
+    unanswered, equal = sum(part.unanswered for part in parts), [place for part in parts for place in part.equal]
+    rows, limit = len(examples), settings.max_tokens
+    dropped = examples.count(None) - unanswered - len(equal)
     cut = sum(int(np.count_nonzero(part.tokens > limit)) for part in parts) - dropped
     notes = []
     if unanswered:
         notes.append(
             f"data: {unanswered} of {rows} conversations have no turn of the assistant that answers; they were dropped"
+        )
+    if equal:
+        notes.append(
+            f"data: {len(equal)} of {rows} rows have equal answers as chosen and rejected ({', '.join(equal[:3])}"
+            f"{', ...' * (len(equal) > 3)}); they were dropped"
         )
     if dropped:
         prompt_tokens = np.concatenate([part.prompt_tokens for part in parts])

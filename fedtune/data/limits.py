@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fedtune.data.encode import Example
@@ -78,8 +78,16 @@ def longest(federation: Federation) -> int:
 
 
 def all_examples(federation: Federation) -> Iterator[tuple[str, Example]]:
-    """Yield every example, and whose it is and which one."""
+    """Yield every example, rejected answers among them, and whose it is and which one."""
     for name, shard in federation.clients.items():
-        yield from ((f"training example {row} of {name}", example) for row, example in enumerate(shard.train, 1))
-        yield from ((f"held-out example {row} of {name}", example) for row, example in enumerate(shard.held_out, 1))
-    yield from ((f"test example {row}", example) for row, example in enumerate(federation.test, 1))
+        yield from _with_rejected(shard.train, "training example {row} of " + name)
+        yield from _with_rejected(shard.held_out, "held-out example {row} of " + name)
+    yield from _with_rejected(federation.test, "test example {row}")
+
+
+def _with_rejected(examples: Sequence[Example], place: str) -> Iterator[tuple[str, Example]]:
+    for row, example in enumerate(examples, 1):
+        where = place.replace("{row}", str(row), 1)
+        yield where, example
+        if example.rejected is not None:
+            yield f"{where}, rejected", example.rejected

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from fedtune.data.conversation import ConversationError, from_prompt, without_nulls, write_turns
+from fedtune.data.pairs import BOTH, holds_turns, read_pairs
 from fedtune.data.presets import columns_of
 from fedtune.data.settings import GROUP, DataSettings, Part, Task
 from fedtune.data.table import Table
@@ -19,7 +20,8 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 """Columns that hold conversations by name: of the hub's chat data sets, and of ShareGPT's."""
 FORMS: Mapping[Task, str] = {
     "causal": (
-        "messages (or conversations); instruction, input (if any) and output; prompt and completion; or text alone"
+        "messages (or conversations); instruction, input (if any) and output; prompt and completion; text alone; or "
+        "chosen and rejected behind an instruction or prompt (if any), for the objective 'dpo'"
     ),
     "classification": "label, and text or instruction with input (if any)",
 }
@@ -27,6 +29,8 @@ FORMS: Mapping[Task, str] = {
 ALONE: Mapping[str, Sequence[Part]] = {
     "messages": ("text", "instruction", "input", "output"),
     "output": ("text",),
+    "chosen": ("text", "output", "messages"),
+    "rejected": ("text", "output", "messages"),
 }
 """Parts that cannot be mapped beside another one."""
 
@@ -64,8 +68,8 @@ def _for_classes(mapped: dict[Part, str], names: Sequence[str], where: str) -> C
     if "label" not in {*mapped, *names}:
         expected = "a column for label, which classification needs"
         raise ConfigError(Fault("data.fields.label", expected, _columns_of(names, where), _map("label")))
-    if talk := [part for part in ("messages", "tools") if part in mapped]:
-        expected = "no entry for classification, which reads no conversations"
+    if talk := [part for part in ("messages", "tools", *BOTH) if part in mapped]:
+        expected = "no entry for classification, which reads no conversations and no pairs of answers"
         raise ConfigError(Fault(f"data.fields.{talk[0]}", expected, repr(mapped[talk[0]]), "map text and label"))
     label = mapped.get("label", "label")
     if "text" in mapped or ("text" in names and "instruction" not in mapped):
@@ -94,6 +98,8 @@ def _for_causal(mapped: dict[Part, str], names: Sequence[str], where: str) -> Ch
             got = f"{part} and {both[0]}"
             raise ConfigError(Fault(f"data.fields.{both[0]}", "columns of one form of row", got, "map one of them"))
     free = [name for name in names if name not in mapped.values()]
+    if {*BOTH} & {*mapped}:
+        return _for_preferences(mapped, free, names, where)
     talk = mapped.get("messages") or next((name for name in CONVERSATIONS if name in free), None)
     if "messages" in mapped or (talk and not {"text", "output", "instruction"} & {*mapped}):
         assert talk is not None
@@ -111,12 +117,30 @@ def _for_causal(mapped: dict[Part, str], names: Sequence[str], where: str) -> Ch
     if {"prompt", "completion"} <= {*free} and "text" not in mapped:
         parts = {"instruction": "prompt", "output": "completion"}
         return Chosen(parts, note=_note(parts, [name for name in ("text",) if name in free], names))
+    if {*BOTH} <= {*free} and not {"text", "messages"} & {*mapped, *free}:
+        return _for_preferences(mapped, free, names, where)
     if "text" in {*mapped, *free}:
         parts = {"text": mapped.get("text", "text")}
         return Chosen(parts, note=_note(parts, [name for name in ("instruction", "input") if name in free], names))
     hint = f"a row is one of {FORMS['causal']}; map yours with fields = {{ instruction = ..., output = ... }}"
     expected = "a column for output, or one for text, or one for messages"
     raise ConfigError(Fault("data.fields.output", expected, _columns_of(names, where), hint))
+
+
+def _for_preferences(mapped: dict[Part, str], free: Sequence[str], names: Sequence[str], where: str) -> Chosen:
+    """Return the columns of a prompt, if there is any, and of the two answers to it.
+
+    Raises: ConfigError if one of the answers has no column.
+    """
+    parts: dict[Part, str] = {}
+    for part, others in {"instruction": ("prompt",), "input": (), "chosen": (), "rejected": ()}.items():
+        own: Part = part  # type: ignore[assignment]  # the keys above are parts
+        if column := mapped.get(own) or next((name for name in (own, *others) if name in free), None):
+            parts[own] = column
+    if missing := [part for part in BOTH if part not in parts]:
+        expected = f"a column for {missing[0]}, which the objective 'dpo' compares with the other answer"
+        raise ConfigError(Fault(f"data.fields.{missing[0]}", expected, _columns_of(names, where), _map(missing[0])))
+    return Chosen(parts, note=_note(parts, [name for name in ("text", "output", "messages") if name in free], names))
 
 
 def _exchange(mapped: Mapping[Part, str], free: Sequence[str]) -> Iterator[Part]:
@@ -139,11 +163,23 @@ def read_parts(chosen: Chosen, table: Table, where: str) -> Mapping[str, Sequenc
     """
     columns = {part: table.column(column) for part, column in chosen.columns.items()}
     places = {part: f"column {column!r} of {where}" for part, column in chosen.columns.items()}
+    if "rejected" in columns:
+        return _preferences(columns, places)
     asked, answers = columns.get("instruction", ()), columns.get("output", ())
     if any(isinstance(value, list) for value in (*asked[:1], *answers[:1])):  # each the turns of a conversation
         pairs = zip(asked, answers, strict=True)
         return {"messages": [_turns(from_prompt(*pair), row, places["output"]) for row, pair in enumerate(pairs)]}
     return {part: _READERS.get(part, partial(cells, part))(values, places[part]) for part, values in columns.items()}
+
+
+def _preferences(columns: Mapping[Part, Sequence[Any]], places: Mapping[Part, str]) -> Mapping[str, Sequence[str]]:
+    """Return rows with two answers in the form of other rows, the rejected answer beside them."""
+    if holds_turns(columns):
+        return read_pairs(columns, places)
+    texts = {part: cells(part, values, places[part]) for part, values in columns.items()}
+    # Without a prompt both answers are whole texts, which begin alike.
+    name = "output" if {"instruction", "input"} & {*texts} else "text"
+    return {name if part == "chosen" else part: values for part, values in texts.items()}
 
 
 def conversations(values: Sequence[Any], where: str) -> list[str]:

@@ -11,9 +11,9 @@ from annotated_types import Ge, Gt, Interval
 
 from fedtune.errors import Fault
 
-Part = Literal["text", "instruction", "input", "output", "label", "messages", "tools"]
+Part = Literal["text", "instruction", "input", "output", "label", "messages", "tools", "chosen", "rejected"]
 """What a column can be for: raw text; the three parts of an instruction; the class; a conversation, and the tools that
-it may call."""
+it may call; the answer that is preferred, and the one that is not."""
 
 Task = Literal["causal", "classification"]
 
@@ -116,7 +116,8 @@ class DataSettings:
     """Read only the first `limit` rows of a hub data set, over the network as they are needed, and store nothing."""
     fields: Mapping[Part, str] = field(default_factory=dict)
     """Which column plays which part, e.g. { instruction = "question", output = "answer" }; a column that has the part's
-    name needs no entry, nor have `prompt` and `completion`, or `conversations` for `messages`."""
+    name needs no entry, nor have `prompt` and `completion`, or `conversations` for `messages`. Rows for the objective
+    "dpo" have `chosen` and `rejected`: texts or conversations, behind an `instruction` or `prompt` if they lack it."""
     template: str = "auto"
     """How a row becomes a text: chat (the tokenizer's own template); alpaca; plain (prompt, newline, output); auto
     (chat where the tokenizer has a chat template, otherwise alpaca); or a text of your own with {instruction}, {input}

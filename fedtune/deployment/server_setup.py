@@ -182,6 +182,7 @@ def score_at_sites(
             trainable=tuple(seeds.trainable) if seeds else (),
             labels=tuple(transport.labels),
             date=recipe.data.date or "",
+            preference=recipe.client.preference,
         )
         for name in held_out
     }

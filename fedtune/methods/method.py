@@ -21,6 +21,8 @@ from fedtune.messages import (
     PlannedClient,
     Proximal,
     Task,
+    Term,
+    Training,
     TrainLora,
     Weighting,
     WireDtype,
@@ -348,10 +350,9 @@ def make_assignment(
 ) -> Assignment:
     """Return what one client is asked to do in the coming round.
 
-    modules_to_save join the blobs, empty blobs are left out, and `client.proximal` becomes a term of the objective.
+    modules_to_save join the blobs, empty blobs are left out, and `client.proximal` and `client.objective` become terms
+    of the objective.
     """
-    # Only where it is used: a term of 0 would change the bytes of every message.
-    proximal = (Proximal(plan.training.proximal),) if plan.training.proximal > 0 else ()
     blobs = {role: tensors for role, tensors in {**blobs, "saved": state.saved}.items() if tensors}
     return Assignment(
         method=method,
@@ -359,8 +360,17 @@ def make_assignment(
         # By round and name: whichever engine or machine trains this client, it draws the same.
         seed=derive(seed, "client", state.round + 1, plan.client),
         plan=plan,
-        task=replace(task, terms=(*task.terms, *proximal), blobs=blobs),
+        task=replace(task, terms=(*task.terms, *recipe_terms(plan.training)), blobs=blobs),
     )
+
+
+def recipe_terms(training: Training) -> Iterator[Term]:
+    """Yield the terms of the objective that a recipe asks for, whatever its method."""
+    # Only where they are used: a term of 0 would change the bytes of every message.
+    if training.proximal > 0:
+        yield Proximal(training.proximal)
+    if training.preference is not None:
+        yield training.preference
 
 
 def join(tensors: Tensors, saved: Tensors) -> Tensors:

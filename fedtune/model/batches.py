@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fedtune.data.encode import IGNORED, Example
 from fedtune.model.base import Base
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What the loss of preferred and rejected answers needs beside both."""
+
+    beta: float
+    """See `Preference`."""
+    margins: torch.Tensor
+    """(pairs,), log p(preferred) - log p(rejected) by the reference, in float32."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,7 @@ class Batch:
     labels: torch.Tensor
     """(batch, time) for causal models, (batch,) for classification"""
     count: int
-    """Tokens (causal) or examples (classification) that count in the loss."""
+    """Tokens (causal), examples (classification) or pairs of answers that count in the loss."""
     tokens: int
     """Tokens of the examples, padding left out."""
     token_types: torch.Tensor | None = None
@@ -37,6 +47,8 @@ class Batch:
 
     positions: torch.Tensor | None = None
     """(batch, time), places within each example, where several share a row; None where each has its own."""
+    pairs: Pairs | None = None
+    """Where answers are compared: the first half of the rows are the preferred ones, the second half the others."""
 
     @property
     def inputs(self) -> Mapping[str, torch.Tensor]:
@@ -56,6 +68,11 @@ def collate(examples: Sequence[Example], base: Base, *, packed: bool = False) ->
         base: that is to read them.
         packed: put short ones behind each other, in rows of the same length; see `pack`.
     """
+    if rejected := [example.rejected for example in examples if example.rejected is not None]:
+        preferred = [replace(example, rejected=None) for example in examples]
+        margins = torch.tensor([example.margin for example in examples], dtype=torch.float32).to(base.device)
+        batch = collate([*preferred, *rejected], base)
+        return replace(batch, count=len(examples), pairs=Pairs(examples[0].beta, margins))
     if packed and not any(example.token_types is not None for example in examples):
         return pack(examples, base)
     side = padding_side(base)

@@ -10,10 +10,12 @@ import torch
 
 from fedtune.data.encode import Example
 from fedtune.lora.adapter import Adapter
+from fedtune.messages import Preference
 from fedtune.model.base import Base
 from fedtune.model.batches import collate
 from fedtune.model.lora import with_adapters
 from fedtune.model.loss import summed_loss
+from fedtune.model.preference import preference_scores, reference_batches
 from fedtune.probing.scores import Metrics, by_length, likelihood_scores
 from fedtune.tensors import Tensors
 
@@ -27,26 +29,29 @@ def evaluate(
     batch: int,
     generate: int = 0,
     new_tokens: int = 64,
+    preference: Preference | None = None,
 ) -> Mapping[str, Metrics]:
     """Score one global model on several groups of examples; the adapter is attached once.
 
     Causal models: `loss` (nats per token that counts), `perplexity`, `bits_per_character` (over the characters of the
     text that counts), and for the first `generate` examples `rouge_l` (F1) and `exact_match` of greedy answers.
-    Classification: `loss` (nats per example), `accuracy`, `macro_f1`. Always `examples`. A group without examples is
-    left out.
+    Classification: `loss` (nats per example), `accuracy`, `macro_f1`. With `preference`, of rows with rejected answers,
+    those of `preference_scores` in place of the likelihood's. Always `examples`. A group without examples is left out.
     """
     groups = {name: examples for name, examples in groups.items() if examples}
     # Attaching adapters costs more than a small round; a round without scores asks for none.
     if not groups:
         return {}
+    pairs = reference_batches(base, groups, preference, batch=batch) if preference else {}
     with with_adapters(base, frozen=adapter, saved=saved) as model, torch.inference_mode():
         scores = {}
         for name, examples in groups.items():
             if base.task == "classification":
                 scores[name] = classify(model, base, examples, batch=batch)
             else:
+                own = preference_scores(model, pairs[name]) if preference else None
                 scores[name] = {
-                    **likelihood(model, base, examples, batch=batch),
+                    **(own or likelihood(model, base, examples, batch=batch)),
                     **(answers(model, base, examples[:generate], new_tokens=new_tokens) if generate else {}),
                 }
         return scores

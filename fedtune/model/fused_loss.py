@@ -28,16 +28,9 @@ def head_cross_entropies(head: nn.Module, hidden: torch.Tensor, labels: torch.Te
         hidden: (tokens, width), only of tokens whose label counts.
         labels: (tokens,)
     """
-    size = CHUNK_BYTES * (1 if hidden.device.type == "cpu" else GPU_FACTOR)
-    rows = max(1, size // (4 * num_outputs(head)))
+    rows = chunk_rows(head, hidden)
     if is_plain(head):
-        weight, bias = head.weight, head.bias
-        if torch.is_autocast_enabled(hidden.device.type):
-            # Here and not in every chunk: autocast remembers its copies of trained weights only.
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        total: torch.Tensor = FrozenHeadLoss.apply(hidden, weight, bias, labels, rows)  # type: ignore[no-untyped-call]
-        return total
+        return plain_losses(head, hidden, labels, rows)[0]
     # Computed twice, so that the backward pass needs no logits; the gradients of the head's own parameters add up.
     parts = zip(hidden.split(rows), labels.split(rows), strict=True)
     return sum(
@@ -45,8 +38,34 @@ def head_cross_entropies(head: nn.Module, hidden: torch.Tensor, labels: torch.Te
     )
 
 
-def chunk_loss(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(head(hidden).float(), labels, reduction="sum")
+def token_cross_entropies(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy of each token, (tokens,), in float32; arguments as of `head_cross_entropies`."""
+    rows = chunk_rows(head, hidden)
+    if is_plain(head):
+        return plain_losses(head, hidden, labels, rows)[1]
+    parts = zip(hidden.split(rows), labels.split(rows), strict=True)
+    return torch.cat([checkpoint(chunk_loss, head, *part, "none", use_reentrant=False) for part in parts])
+
+
+def chunk_rows(head: nn.Module, hidden: torch.Tensor) -> int:
+    """Return how many tokens' logits are in memory at a time."""
+    size = CHUNK_BYTES * (1 if hidden.device.type == "cpu" else GPU_FACTOR)
+    return max(1, size // (4 * num_outputs(head)))
+
+
+def plain_losses(head: Any, hidden: torch.Tensor, labels: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cross-entropy of a frozen output layer, summed up and by token; of one of them a gradient is taken."""
+    weight, bias = head.weight, head.bias
+    if torch.is_autocast_enabled(hidden.device.type):
+        # Here and not in every chunk: autocast remembers its copies of trained weights only.
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    both: tuple[torch.Tensor, torch.Tensor] = FrozenHeadLoss.apply(hidden, weight, bias, labels, rows)  # type: ignore[no-untyped-call]
+    return both
+
+
+def chunk_loss(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, reduction: str = "sum") -> torch.Tensor:
+    return cross_entropy(head(hidden).float(), labels, reduction=reduction)
 
 
 def num_outputs(head: Any) -> int:
@@ -61,7 +80,7 @@ def is_plain(head: nn.Module) -> bool:
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """The summed cross-entropy of a frozen output layer, whose gradient is computed beside it, chunk by chunk.
+    """The cross-entropy of a frozen output layer, summed and by token, its gradient computed beside it, by chunks.
 
     As in Liger Kernel, arXiv 2410.10989, section 3.2: a chunk's logits become its probabilities in place, and are gone
     before the next one begins. What is stored for the backward pass is as large as the hidden states.
@@ -75,7 +94,10 @@ class FrozenHeadLoss(torch.autograd.Function):
         bias: torch.Tensor | None,  # (vocabulary,)
         labels: torch.Tensor,  # (tokens,)
         rows: int,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # A gradient that is not asked for stays None: the sum's is one number for all tokens.
+        ctx.set_materialize_grads(False)
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for begin in range(0, len(hidden), rows):
@@ -85,19 +107,27 @@ class FrozenHeadLoss(torch.autograd.Function):
             logits -= logits.amax(1, keepdim=True)
             picked = logits.gather(1, places)
             sums = logits.exp_().sum(1, keepdim=True)
-            total += (sums.log() - picked).sum()
+            own = sums.log() - picked
+            losses[chunk] = own[:, 0]
+            total += own.sum()
             if gradient is not None:
                 probabilities = logits.div_(sums)
                 probabilities.scatter_add_(1, places, torch.full_like(picked, -1.0))
                 gradient[chunk] = probabilities.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
-        return total
+        return total, losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
         [gradient] = ctx.saved_tensors
-        return None if gradient is None else gradient * grad_outputs[0].to(gradient.dtype), None, None, None, None
+        of_sum, of_tokens = grad_outputs
+        if gradient is None:
+            return None, None, None, None, None
+        scaled = gradient if of_sum is None else gradient * of_sum.to(gradient.dtype)
+        if of_tokens is not None:
+            scaled = gradient * of_tokens[:, None].to(gradient.dtype)
+        return scaled, None, None, None, None
 
 
 @torch.no_grad()

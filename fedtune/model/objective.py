@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedtune.lora.adapter import Adapter, Factors
-from fedtune.messages import Proximal, TailRank, Term
+from fedtune.messages import Preference, Proximal, TailRank, Term
 from fedtune.model.lora import layers
 
 Start: TypeAlias = MutableMapping[nn.Parameter, torch.Tensor]
@@ -73,7 +73,12 @@ class Hooks:
         """Sum over the steps of the sum of |parameter * gradient|; only where it is weighed."""
         self._model, self._between, self._weigh, self._measure = model, between, weigh, measure
         # HetLoRA's term of weight 0 is no part of the loss, and no rank is ever cut.
-        self._terms = [term for term in terms if not (isinstance(term, TailRank) and term.weight == 0)]
+        # The preference of answers is the loss on the examples itself, in place of their likelihood; see `loss`.
+        self._terms = [
+            term
+            for term in terms
+            if not isinstance(term, Preference) and not (isinstance(term, TailRank) and term.weight == 0)
+        ]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         distant = any(isinstance(term, Proximal) for term in self._terms)
         # Only for FedProx, which alone compares with the start: the copy is as large as all that is trained.

@@ -34,6 +34,9 @@ LOWER_IS_BETTER: Mapping[str, bool] = {
     "macro_f1": False,
     "rouge_l": False,
     "exact_match": False,
+    "reward_accuracy": False,
+    "reward_margin": False,
+    "preferred": False,
 }
 """Measures of quality."""
 UNITS: Mapping[str, tuple[Resource, float]] = {

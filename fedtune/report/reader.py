@@ -29,6 +29,9 @@ class Scores:
     macro_f1: float | None = None
     rouge_l: float | None = None
     exact_match: float | None = None
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
+    preferred: float | None = None
     examples: int | None = None
     tokens: int | None = None
 

@@ -21,6 +21,9 @@ METRICS: Mapping[str, str] = {
     "macro_f1": "macro F1",
     "rouge_l": "ROUGE-L",
     "exact_match": "exact match",
+    "reward_accuracy": "reward accuracy",
+    "reward_margin": "reward margin",
+    "preferred": "preferred answer more probable",
     "examples": "examples",
     "tokens": "tokens",
 }

@@ -14,7 +14,16 @@ from fedtune.rounds.transport import Rule
 from fedtune.seeds import derive, generator
 
 Metric: TypeAlias = Literal[
-    "loss", "perplexity", "bits_per_character", "accuracy", "macro_f1", "rouge_l", "exact_match"
+    "loss",
+    "perplexity",
+    "bits_per_character",
+    "accuracy",
+    "macro_f1",
+    "rouge_l",
+    "exact_match",
+    "reward_accuracy",
+    "reward_margin",
+    "preferred",
 ]
 """A score by which rounds are compared; of the first three lower ones are better."""
 
@@ -60,7 +69,7 @@ class Schedule:
     """Score that says which round is best, on the test data, or without such over the clients' held-out rows (of three
     or more clients the median, so that none of them decides alone): for causal models loss, perplexity,
     bits_per_character, and with `evaluate.generate` rouge_l and exact_match; for classification loss, accuracy and
-    macro_f1."""
+    macro_f1; with the objective dpo loss, reward_accuracy, reward_margin and preferred."""
     patience: Annotated[int, Ge(1)] | None = field(default=None, metadata=OMIT_DEFAULT)
     """The run ends after so many evaluations in a row without a better score; none runs all rounds."""
     schedule: Literal["constant", "linear", "cosine"] = field(default="constant", metadata=OMIT_DEFAULT)

@@ -12,7 +12,10 @@ from fedtune.rounds.record import COUNTS, Metrics
 WEIGHTS: Mapping[str, str] = MappingProxyType({"loss": "tokens", "rouge_l": "generated", "exact_match": "generated"})
 """The count over which a metric is a mean; `examples` for all others, and where a client does not say that count."""
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_character"})
-HIGHER_IS_BETTER = frozenset({"accuracy", "macro_f1", "rouge_l", "exact_match"})
+HIGHER_IS_BETTER = frozenset({"accuracy", "macro_f1", "rouge_l", "exact_match", "reward_accuracy", "preferred"})
+"""Shares from 0 to 1."""
+SIGNED = frozenset({"reward_margin"})
+"""Higher is better, and 0 is where a model starts."""
 
 
 def pooled_scores(scores: Mapping[str, Metrics]) -> Metrics:

@@ -12,7 +12,7 @@ from fedtune.messages import ClientScores, Failure, ScoreRequest, Traffic
 from fedtune.rounds.admission import LARGEST_LOSS
 from fedtune.rounds.exchange import encoded_bytes
 from fedtune.rounds.record import COUNTS, Metrics
-from fedtune.rounds.scores import HIGHER_IS_BETTER, LOWER_IS_BETTER
+from fedtune.rounds.scores import HIGHER_IS_BETTER, LOWER_IS_BETTER, SIGNED
 from fedtune.rounds.transport import Answer, Reply, Rule, UnsolicitedReply
 from fedtune.wire.codec import EncodedAssignment, blob_encoder
 from fedtune.wire.scores import decode_scores, encode_score_request
@@ -123,7 +123,11 @@ def metric_fault(name: str, value: float, rows: int) -> str:
         return "" if 1 <= value < math.inf else f"{name}: a finite number of at least 1"
     if name in LOWER_IS_BETTER:
         return "" if 0 <= value <= LARGEST_LOSS else f"{name}: a finite number from 0 to {LARGEST_LOSS:g}"
-    return f"a metric of {', '.join(sorted(LOWER_IS_BETTER | HIGHER_IS_BETTER))}; not {name[:40]!r}"
+    if name in SIGNED:
+        return (
+            "" if abs(value) <= LARGEST_LOSS else f"{name}: a finite number from -{LARGEST_LOSS:g} to {LARGEST_LOSS:g}"
+        )
+    return f"a metric of {', '.join(sorted(LOWER_IS_BETTER | HIGHER_IS_BETTER | SIGNED))}; not {name[:40]!r}"
 
 
 def in_order(stated: ClientScores) -> Metrics:

@@ -50,9 +50,11 @@ def model_scores(trained: TrainedRun, base: Base, *, adapted: bool = False) -> M
     first = (test or next(iter(experiment.federation.clients.values())).train)[0]
     # By their places in memory: shared weights, such as tied embeddings, are there once.
     sizes = {p.data_ptr(): (p.numel(), p.element_size()) for p in base.model.parameters()}.values()
+    preference = experiment.recipe.client.preference
     with threads(experiment.recipe.model.threads):
+        scores = evaluate(base, adapter, saved, {"test": test}, batch=settings.batch, preference=preference)
         return {
-            "scores": dict(evaluate(base, adapter, saved, {"test": test}, batch=settings.batch).get("test", {})),
+            "scores": dict(scores.get("test", {})),
             "parameters": sum(count for count, _ in sizes),
             "megabytes": round(sum(count * size for count, size in sizes) / 1e6, 3),
             **latency(base, adapter, saved, first.input_ids),

@@ -101,15 +101,23 @@ class Fleet:
         length = self.lengths(client)
         return Work(
             steps=training.steps,
-            rows=training.batch,
+            rows=training.rows,
             passes=training.accumulation,
             tokens=length.mean,
             longest=length.longest,
             checkpointing=training.gradient_checkpointing,
-            side_tokens=2 * 16 * length.mean if self.recipe.pruning else 0.0,
+            side_tokens=self.side_tokens(training, length.mean),
             global_rank=self.global_rank(rank, down_rank),
             start_copy=training.proximal > 0,
         )
+
+    def side_tokens(self, training: Training, length: float) -> float:
+        """Return the tokens that go forward beside those that are trained on, where texts are so long."""
+        assert training.steps is not None  # the planner has resolved epochs
+        scored = 2 * 16 * length if self.recipe.pruning else 0.0
+        # By the reference once, at most: rows that are seen again are not measured again.
+        referred = training.steps * training.accumulation * training.rows * length if training.preference else 0.0
+        return scored + referred
 
     def training_of(self, arm: Arm) -> Trained | None:
         """Return which modules of the charged model an arm trains; None: all of them, with the whole backward pass."""
@@ -215,7 +223,7 @@ class Fleet:
         settings = self.recipe.method
         usual = Footprint(
             ranks={name: rank for name, rank in zip(names, ranks, strict=True) if rank > 0},
-            rows=training.batch,
+            rows=training.rows,
             longest=length.longest,
             mean=length.mean,
             ratio=arm.ratio,
@@ -250,7 +258,7 @@ class Fleet:
         short, longer, footprint = self._usual[usual]
         resident: BaseDtype = quantised_format(self.recipe.model.dtype) or ""
         base_dtype = base_dtype or resident
-        own = replace(footprint, rows=training.batch, longest=kind.longest, mean=kind.mean, base_dtype=base_dtype)
+        own = replace(footprint, rows=training.rows, longest=kind.longest, mean=kind.mean, base_dtype=base_dtype)
         if (usual, base_dtype) not in self._rates:
             self._rates[usual, base_dtype] = rates(self.charged, pruning, own)
         known = memory_at(self._rates[usual, base_dtype], self.charged, own)

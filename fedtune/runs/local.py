@@ -19,6 +19,7 @@ from fedtune.client.site import load_site, simulated_site
 from fedtune.client.worker_process import devices_of, payload
 from fedtune.config import Recipe, render
 from fedtune.config.checks import training_apart
+from fedtune.config.preference_checks import rows_faults
 from fedtune.config.recipe import largest_rank, method_of, possible_verbs, resources, sized_adapter
 from fedtune.data.encode import Example, depends_on_date
 from fedtune.data.federation import Federation, Shard, digest
@@ -98,7 +99,7 @@ class Experiment:
             self.blueprint,
             parameters=self.base.num_parameters,
             tokens={
-                name: lengths([len(example.input_ids) for example in shard.train])
+                name: lengths([len(text.input_ids) for text in texts_of(shard.train)])
                 for name, shard in shards.items()
                 if shard.train
             },
@@ -120,6 +121,14 @@ def peft_target(recipe: Recipe, base: Base) -> peft.Target:
         fan_in_fan_out=base.transposed,
         saved_modules=base.saved_modules,
     )
+
+
+def texts_of(examples: Sequence[Example]) -> Iterator[Example]:
+    """Yield what of each example goes through the model: of one with two answers both."""
+    for example in examples:
+        yield example
+        if example.rejected is not None:
+            yield example.rejected
 
 
 def lengths(tokens: Sequence[int]) -> Lengths:
@@ -173,6 +182,8 @@ def prepare(recipe: Recipe, watch: Watch = lambda event: None, *, sizes_alone: b
         expected = "test data, or rows that clients hold out, to find the best round by"
         hint = "name them in data.test, or set data.held_out"
         raise ConfigError(Fault("rounds", expected, "neither", hint))
+    if mismatch := rows_faults(recipe, compared=federation.compared):
+        raise ConfigError(mismatch)
     if recipe.client.packing and not sizes_alone:
         check_packing(base)
     check_ranks(recipe, base.modules)
@@ -268,7 +279,10 @@ def score(
 ) -> ModelScores:
     """Score a global model on the test data (also pruned to `structure`), on clients' held-out rows, or on both."""
     settings, federation = experiment.recipe.evaluate, experiment.federation
-    measure = partial(scoring.evaluate, experiment.base, tuned.adapter, tuned.saved, batch=settings.batch)
+    preference = experiment.recipe.client.preference
+    measure = partial(
+        scoring.evaluate, experiment.base, tuned.adapter, tuned.saved, batch=settings.batch, preference=preference
+    )
     shards = sorted(federation.clients.items()) if clients and settings.clients else []
     with threads(experiment.recipe.model.threads), with_seeds(experiment.base, tuned.seeds):
         on_test = measure(

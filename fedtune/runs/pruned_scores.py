@@ -86,7 +86,8 @@ def measure_structure(
     )
     repair = repair_in(trained)
     with threads(recipe.model.threads), pruned_training.with_pruned_model(base, structure, layout, repair) as small:
-        return evaluate(small, adapter, trained.tuned.saved, groups, batch=recipe.evaluate.batch)
+        own, preference = recipe.evaluate, recipe.client.preference
+        return evaluate(small, adapter, trained.tuned.saved, groups, batch=own.batch, preference=preference)
 
 
 def repair_in(trained: TrainedRun) -> Repair | None:

@@ -20,6 +20,7 @@ from fedtune.messages import (
     LoraResult,
     Measured,
     Plan,
+    Preference,
     ProbeSeeds,
     Proximal,
     Pruning,
@@ -236,6 +237,8 @@ def _write_term(local: pb.LocalAdapter, term: Term) -> None:
             local.rank_penalty, local.rank_decay = weight, decay
         case Proximal(mu):
             local.proximal = mu
+        case Preference(beta):
+            local.preference_beta = beta
 
 
 def decode_assignment(
@@ -354,6 +357,7 @@ def _lora_from(message: pb.Assignment, decode: Callable[[pb.Blob], Tensors]) -> 
     tensors = {blob.role: decode(blob) for blob in message.down}
     # NaN is unequal to 0 and to 1, so it gets to the checks.
     plain = local.rank_penalty == 0 and local.rank_decay == 1 and local.proximal == 0
+    plain = plain and local.preference_beta == 0
     task = TrainLora(local.a_key, terms=() if plain else _terms_from(local), blobs=tensors, **names)
     return replace(task, pruning=_pruning_from(message.surgery)) if message.HasField("surgery") else task
 
@@ -368,6 +372,9 @@ def _terms_from(local: pb.LocalAdapter) -> tuple[Term, ...]:
         terms.append(TailRank(local.rank_penalty, local.rank_decay))
     if local.proximal > 0:
         terms.append(Proximal(local.proximal))
+    expect(0 <= local.preference_beta <= LARGEST, "preference_beta >= 0 in float32", local.preference_beta)
+    if local.preference_beta > 0:
+        terms.append(Preference(local.preference_beta))
     return tuple(terms)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fedtune.directions.space import MAX_ACCUMULATORS
-from fedtune.messages import ClientScores, ScoreRequest
+from fedtune.messages import ClientScores, Preference, ScoreRequest
 from fedtune.tensors import Tensors
 from fedtune.wire.codec import (
     Blob,
@@ -42,6 +42,8 @@ def encode_score_request(
     header.date = request.date
     header.plan.client = request.client
     score = pb.Score(examples=request.examples, batch=request.batch, ledger=request.ledger, trainable=request.trainable)
+    if request.preference is not None:
+        score.preference_beta = request.preference.beta
     header.score.CopyFrom(score)
     bodies = dict[str, bytes]()
     # Sorted, as in an assignment: one request has one encoding.
@@ -83,6 +85,8 @@ def _request_from(header: bytes, decode: Callable[[pb.Blob], Tensors]) -> ScoreR
     # In order and each once: a tensor that was moved twice would be another model.
     expect(ordinals == sorted(set(ordinals)), "ordinals in rising order", ordinals[:8])
     expect(bool(score.ledger) or not ordinals, "ordinals beside a ledger alone", ordinals[:8])
+    beta = score.preference_beta
+    expect(0 <= beta <= LARGEST, "preference_beta >= 0 in float32", beta)
     return ScoreRequest(
         client=message.plan.client,
         method=message.method,
@@ -95,6 +99,7 @@ def _request_from(header: bytes, decode: Callable[[pb.Blob], Tensors]) -> ScoreR
         trainable=tuple(ordinals),
         labels=tuple(message.labels),
         date=day_of(message),
+        preference=Preference(beta) if beta > 0 else None,
     )
 
 

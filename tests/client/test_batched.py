@@ -14,7 +14,7 @@ from fedtune.client.batched import Batched, Resident
 from fedtune.client.perform import perform
 from fedtune.data.encode import Example
 from fedtune.lora.adapter import draw_a
-from fedtune.messages import Assignment, ClientUpdate, Plan, Proximal, Training, TrainLora
+from fedtune.messages import Assignment, ClientUpdate, Plan, Preference, Proximal, Training, TrainLora
 from fedtune.model.base import Base, digest
 from fedtune.model.stacked_lora import UnbatchableError
 from fedtune.model.stacked_train import train_together
@@ -148,9 +148,10 @@ def test_a_client_whose_loss_is_not_finite_costs_the_others_nothing(
         {"training": replace(TRAINING, gradient_checkpointing=True)},
         {"training": replace(TRAINING, packing=True)},
         {"terms": (Proximal(0.1),)},
+        {"terms": (Preference(0.1),)},
         {"blobs": {"saved": {"lm_head.weight": np.zeros((2, 2), np.float32)}}},
     ],
-    ids=["dropout", "checkpointing", "packing", "terms", "saved"],
+    ids=["dropout", "checkpointing", "packing", "terms", "preference", "saved"],
 )
 def test_what_is_more_than_plain_steps_is_left_to_each_client(
     change: dict[str, Any], loaded: Callable[..., Base], clients: dict[str, Resident]

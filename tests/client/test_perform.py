@@ -23,6 +23,7 @@ from fedtune.messages import (
     ClientUpdate,
     Plan,
     PlannedClient,
+    Preference,
     ProbeResult,
     Proximal,
     TailRank,
@@ -348,6 +349,73 @@ def test_a_proximal_term_travels_and_keeps_a_client_near_its_start(base: Base, r
     free, loose, tight = ends.values()
     assert loose == pytest.approx(free, rel=1e-3)
     assert 0 < tight < 0.7 * free
+
+
+@pytest.fixture
+def compared(rows: list[Example]) -> list[Example]:
+    """The same rows, each with another one's answer as the rejected one."""
+    order = [*rows[1:], rows[0]]
+    return [replace(row, rejected=replace(other, rejected=None)) for row, other in zip(rows, order, strict=True)]
+
+
+def test_answers_are_compared_with_the_base_alone_whatever_was_received(base: Base, compared: list[Example]) -> None:
+    """A change that was received is no part of the reference: only without any does a round start at log 2."""
+    frozen = {f"{Q}.a": np.ones((2, 32), np.float32), f"{Q}.b": np.full((32, 2), 0.05, np.float32)}
+    before = {}
+    for role in ("none", "global", "local"):
+        blobs = {} if role == "none" else {role: frozen if role == "global" else {f"{Q}.b": frozen[f"{Q}.b"]}}
+        sent = encode_assignment(assignment(base, blobs=blobs, wire_dtype="fp32", terms=(Preference(0.5),)))
+        update = perform(base, compared, decode_assignment(sent.header, sent.blobs))
+        first, last = update.measured.loss_before, update.measured.loss_after
+        assert first is not None
+        assert last is not None
+        before[role] = first
+        assert last < first
+        # Five pairs are reached by four steps of two, and one of them is a loss's row: each once, both answers.
+        assert update.measured.side_tokens == (5 + 1) * 2 * 9
+        assert update.measured.tokens == 2 * (4 * 2 * 9 - 9)
+    assert before["none"] == pytest.approx(np.log(2), abs=1e-6)
+    assert abs(before["global"] - np.log(2)) > 1e-3
+    assert abs(before["local"] - np.log(2)) > 1e-3
+    assert digest(base.model) == base.digest
+
+
+def test_processes_of_one_client_compare_the_same_answers(
+    pair: tuple[Shares, Shares], loaded: Callable[..., Base], compared: list[Example]
+) -> None:
+    bases = [loaded() for _ in range(3)]
+
+    def learn(base: Base, shares: Shares) -> Tensors:
+        asked = assignment(base, wire_dtype="fp32", terms=(Preference(0.5),))
+        return perform_module.train_adapter(base, compared, asked, asked.lora, shares=shares).lora.tensors
+
+    alone = learn(bases[0], ALONE)
+    with ThreadPoolExecutor(2) as pool:
+        ours, theirs = pool.map(learn, bases[1:], pair)
+    for name, tensor in alone.items():
+        np.testing.assert_array_equal(ours[name], theirs[name])
+        np.testing.assert_allclose(ours[name], tensor, atol=1e-4, rtol=0)
+
+
+def test_an_order_that_compares_answers_and_rows_that_do_not_fit_it_are_refused_by_name(
+    base: Base, rows: list[Example], compared: list[Example]
+) -> None:
+    asked = assignment(base, terms=(Preference(0.5),))
+    with pytest.raises(ClientError, match="ann: expected rows with a rejected answer"):
+        perform(base, rows, asked)
+    with pytest.raises(ClientError, match="ann: expected rows of one answer"):
+        perform(base, compared, assignment(base))
+    packed = replace(asked.plan, training=replace(TRAINING, packing=True))
+    with pytest.raises(ClientError, match="answers that are compared in packed rows"):
+        perform(base, compared, replace(asked, plan=packed))
+    with pytest.raises(ClientError, match="answers that are compared in a pruned model"):
+        perform(base, compared, replace(asked, plan=replace(asked.plan, ratio=0.5)))
+
+
+def test_seeds_are_not_probed_on_rows_of_two_answers(base: Base, compared: list[Example]) -> None:
+    _, asked = probed(base)
+    with pytest.raises(ClientError, match="ann: expected rows of one answer"):
+        perform(base, compared, asked)
 
 
 Asked = tuple[FedKSeedState, Assignment]

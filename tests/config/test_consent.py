@@ -32,7 +32,9 @@ from fedtune.messages import (
     DescendSeeds,
     Plan,
     PlannedClient,
+    Preference,
     ProbeSeeds,
+    Proximal,
     Pruning,
     ScoreRequest,
     SeedState,
@@ -186,6 +188,17 @@ pruning = { multiple = 8, stages = 2 }
 evaluate = { batch = 8, client_examples = 16 }
 data = { source = "at the sites", split = { kind = "files" } }
 """
+PAIRS = """
+name = "x"
+seed = 7
+model = { base = "none" }
+adapter = { rank = 4, targets = ["q_proj", "up_proj"] }
+method = "fedit"
+client = { steps = 6, batch = 4, learning_rate = 0.01, objective = "dpo", dpo_beta = 0.2 }
+rounds = { count = 5 }
+evaluate = { batch = 8, client_examples = 16 }
+data = { source = "at the sites", split = { kind = "files" } }
+"""
 SEEDS = """
 name = "x"
 seed = 7
@@ -318,6 +331,19 @@ def test_every_field_of_an_order_is_held_against_the_recipe() -> None:
     assert [keys(text, order) for text, order in zip((SEEDS, ADAPTERS), swapped, strict=True)] == [{"task"}] * 2
     # Within their bounds these follow from the server's state, and with the wrong values are refused below.
     assert passed <= FREE.keys() | {"ScoreRequest.round"}
+
+
+def test_an_order_compares_answers_where_the_recipe_does_and_by_its_beta_alone() -> None:
+    order, request = made(PAIRS), ScoreRequest("site-a", "fedit", 2, PROFILE.foundation.base, 8, 16)
+    asked = replace(request, preference=Preference(0.2))
+    assert keys(PAIRS, order) == keys(PAIRS, asked) == set()
+    for terms in ((), (Preference(0.1),), (Preference(0.2), Proximal(0.1))):
+        assert keys(PAIRS, replace(order, task=replace(order.lora, terms=terms))) == {"task.terms"}
+    assert keys(PAIRS, request) == {"preference"}
+    assert keys(PAIRS, replace(request, preference=Preference(0.1))) == {"preference.beta"}
+    likelihood = PAIRS.replace(', objective = "dpo", dpo_beta = 0.2', "")
+    assert keys(likelihood, order) == {"task.terms"}
+    assert keys(likelihood, asked) == {"preference"}
 
 
 @pytest.mark.parametrize("text", [ADAPTERS, SEEDS], ids=["adapters", "seeds"])

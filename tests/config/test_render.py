@@ -105,7 +105,7 @@ CHANGES = st.fixed_dictionaries(
     optional={
         name: anything(hint)
         for name, hint in get_type_hints(Training, include_extras=True).items()
-        if name not in ("batch", "steps", "epochs", "optimizer", "momentum", "learning_rate")
+        if name not in ("batch", "steps", "epochs", "optimizer", "momentum", "learning_rate", "objective", "dpo_beta")
     }
     | {"learning_rate": RATES},
 )
@@ -193,6 +193,12 @@ def recipes(draw: st.DrawFn) -> Recipe:
     beginning |= {"head": head} | ({"start": None} if head == "lda" else {})
     steady = {"final_rate": Schedule.final_rate} if rounds.schedule == "constant" else {}
     packing: dict[str, Any] = {} if task == "causal" else {"packing": False}
+    objective: dict[str, Any] = {"objective": "likelihood", "dpo_beta": Training.dpo_beta}
+    if task == "causal" and adapts and metric == "loss" and draw(st.booleans()):
+        # Pairs of answers are neither packed nor compared with anything but the base.
+        objective = {"objective": "dpo", "dpo_beta": draw(st.floats(1e-9, 1e9))}
+        packing, beginning = {"packing": False}, beginning | {"start": None}
+    answers = {"loss_on": "completion"} if objective["objective"] == "dpo" else {}
     unquantised = st.sampled_from(["auto", "float32", "bfloat16"]).map(lambda dtype: {"dtype": dtype} | PLAIN)
     codes = st.fixed_dictionaries({"dtype": st.sampled_from(["nf4", "int8"]), "unquantised": st.just("bfloat16")})
     formats = unquantised | codes
@@ -225,14 +231,14 @@ def recipes(draw: st.DrawFn) -> Recipe:
                 Training,
                 steps=steps,
                 epochs=epochs,
-                **{**packing, **({"optimizer": "sgd"} if adapts else IDLE)},
+                **{**packing, **objective, **({"optimizer": "sgd"} if adapts else IDLE)},
                 **({"learning_rate": draw(RATES)} if adapts else {}),
                 **({"learning_rate": Training.learning_rate} if verb == "descend" else {}),
             )
         ),
         descend=draw(some(DescendSettings, steps=3)) if verb in DESCENDING else None,
         rounds=replace(rounds, warmup=draw(st.integers(0, rounds.count - 1)), **steady),
-        data=data_of(draw(some(DataSettings, fields=parts, template=template, split=draw(SPLITS))), packing),
+        data=data_of(draw(some(DataSettings, fields=parts, template=template, split=draw(SPLITS))), packing | answers),
         evaluate=draw(some(EvaluationSettings, references=(), every=draw(every), **causal)),
         asynchronous=draw(st.none() | OVERLAPPING) if not METHODS[method.name].why_not_asynchronous else None,
         override=draw(st.lists(row, max_size=2).map(tuple)),

@@ -35,6 +35,21 @@ def test_token_types_come_back_where_any_example_has_them() -> None:
     assert [e.token_types for e in decode(encode([example([5, 6], 2)]))] == [None]
 
 
+@pytest.mark.parametrize("typed", [False, True])
+def test_rejected_answers_come_back_beside_the_preferred_ones(typed: bool) -> None:
+    types = np.array([0, 1, 1]) if typed else None
+    pairs = [
+        replace(example([5, 6, 7], [IGNORED, 6, 7]), rejected=example([5, 9], [IGNORED, 9]), token_types=types),
+        replace(example([1, 2], [IGNORED, 2]), rejected=example([1, 3, 4, 5], [IGNORED, 3, 4, 5])),
+    ]
+    came = decode(memoryview(encode(pairs)))
+    others = [e.rejected for e in came if e.rejected is not None]
+    assert [e.input_ids.tolist() for e in came] == [[5, 6, 7], [1, 2]]
+    assert [e.input_ids.tolist() for e in others] == [[5, 9], [1, 3, 4, 5]]
+    assert [np.asarray(e.labels).tolist() for e in others] == [[IGNORED, 9], [IGNORED, 3, 4, 5]]
+    assert (came[0].token_types is not None) is typed
+
+
 def test_a_client_may_hold_nothing() -> None:
     assert decode(encode([])) == []
 

@@ -34,9 +34,10 @@ def test_the_proximal_term_and_its_gradient_by_hand() -> None:
 def test_every_term_of_a_message_has_a_loss() -> None:
     from typing import get_args
 
-    from fedtune.messages import Term
+    from fedtune.messages import Preference, Term
 
-    assert set(TERMS) == set(get_args(Term))
+    # The preference of answers is the loss on the examples, which is no sum over parameters.
+    assert {*TERMS, Preference} == set(get_args(Term))
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from fedtune.messages import (
     LoraResult,
     Measured,
     Plan,
+    Preference,
     Proximal,
     TailRank,
     Training,
@@ -119,6 +120,7 @@ TAIL_RANK = st.builds(TailRank, st.floats(0, LARGEST), st.floats(0, 1, exclude_m
     lambda term: term != TailRank(0, 1)  # which is no term on the wire
 )
 PROXIMAL = st.builds(Proximal, st.floats(0, LARGEST, exclude_min=True))
+PREFERENCE = st.builds(Preference, st.floats(0, LARGEST, exclude_min=True))
 
 
 @given(
@@ -143,7 +145,9 @@ PROXIMAL = st.builds(Proximal, st.floats(0, LARGEST, exclude_min=True))
             train=st.sampled_from(["ab", "b"]),
             upload=st.sampled_from(["factors", "difference"]),
             wire_dtype=st.sampled_from(["fp32", "fp16", "bf16", "int8", "int4"]),
-            terms=st.tuples(TAIL_RANK | st.none(), PROXIMAL | st.none()).map(lambda two: tuple(filter(None, two))),
+            terms=st.tuples(TAIL_RANK | st.none(), PROXIMAL | st.none(), PREFERENCE | st.none()).map(
+                lambda terms: tuple(filter(None, terms))
+            ),
             blobs=st.dictionaries(st.sampled_from(["global", "local", "moments", "saved"]), TENSORS),
         ),
         base=st.text(),
@@ -344,6 +348,9 @@ def test_an_update_whose_header_lies_is_refused(change: Callable[[Any], object],
         (lambda header: setattr(header.local, "proximal", -0.1), "proximal"),
         (lambda header: setattr(header.local, "proximal", float("inf")), "proximal"),
         (lambda header: setattr(header.local, "proximal", float("nan")), "proximal"),
+        (lambda header: setattr(header.local, "preference_beta", -0.1), "preference_beta"),
+        (lambda header: setattr(header.local, "preference_beta", float("inf")), "preference_beta"),
+        (lambda header: setattr(header.local, "preference_beta", float("nan")), "preference_beta"),
         (lambda header: setattr(header, "settings", b"{}"), "settings"),
         (lambda header: header.down.append(header.down[0]), "each role once"),
         (lambda header: setattr(header.down[0], "digest", b""), "digest"),
@@ -361,7 +368,8 @@ def test_an_update_whose_header_lies_is_refused(change: Callable[[Any], object],
             "train",
             "wire_dtype",
         ),
-        *("no upload", "penalty", "decay", "negative proximal", "infinite proximal", "NaN proximal", "settings"),
+        *("no upload", "penalty", "decay", "negative proximal", "infinite proximal", "NaN proximal"),
+        *("negative beta", "infinite beta", "NaN beta", "settings"),
         *("role twice", "no digest", "length", "unknown field"),
     ],
 )

@@ -16,6 +16,7 @@ from fedtune.messages import (
     ClientUpdate,
     Measured,
     Plan,
+    Preference,
     ProbeResult,
     ProbeSeeds,
     Proximal,
@@ -31,13 +32,13 @@ from fedtune.wire.scores import decode_score_request, decode_scores, encode_scor
 from fedtune.wire.v1 import round_pb2 as pb
 
 TRAINING = Training(batch=2, learning_rate=0.1, steps=3)
-TERMS = (TailRank(0.1, 0.9), Proximal(0.1))
+TERMS = (TailRank(0.1, 0.9), Proximal(0.1), Preference(0.5))
 PLAN = Plan("ann", 4, 2.0, TRAINING, 0.25, back=0.5)
 ADAPTERS = Assignment("m", 1, 2, PLAN, TrainLora(a_key=3, terms=TERMS), base="b")
 STATE = SeedState("whole", 0, bytes(64), 0, bytes(32))
 PROBE = ProbeSeeds("hadamard", 16, 1, 20, 4, 16, STATE, estimator="one-sided", queries=2, clip=1.0)
 SEEDS = Assignment("m", 1, 2, Plan("ann", 1, 1.0, TRAINING), PROBE)
-SCORES = ScoreRequest("ann", "m", 1, "b", batch=2, examples=3)
+SCORES = ScoreRequest("ann", "m", 1, "b", batch=2, examples=3, preference=Preference(0.5))
 SCALARS = ClientUpdate("ann", 1, 5, ProbeResult(np.ones(3, np.int8)), Measured(1.0, 2**20, 7, 1.0, 1.0))
 SAID = ClientScores("ann", 1, "b", {}, seconds=1.0)
 

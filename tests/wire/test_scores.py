@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedtune.errors import WireError
-from fedtune.messages import ClientScores, ScoreRequest
+from fedtune.messages import ClientScores, Preference, ScoreRequest
 from fedtune.wire.codec import parse
 from fedtune.wire.scores import (
     MAX_LEDGER_BYTES,
@@ -31,6 +31,16 @@ def test_a_request_comes_back_with_its_tensors() -> None:
         name: array.tolist() for name, array in TENSORS.items()
     }
     assert encode_score_request(result) == encoded
+
+
+def test_a_request_says_by_which_beta_pairs_of_answers_are_scored() -> None:
+    request = replace(REQUEST, blobs={}, preference=Preference(0.25))
+    assert decode_score_request(encode_score_request(request).header, {}) == request
+    message = parse(pb.Assignment(), encode_score_request(replace(REQUEST, blobs={})).header)
+    assert message.score.preference_beta == 0
+    message.score.preference_beta = -1.0
+    with pytest.raises(WireError, match="preference_beta >= 0"):
+        decode_score_request(message.SerializeToString(), {})
 
 
 def test_a_request_for_seeds_carries_the_ledger_and_what_it_moves() -> None:

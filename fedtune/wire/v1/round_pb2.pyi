@@ -172,7 +172,7 @@ class Plan(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., pruning: _Optional[float] = ..., scale: _Optional[float] = ..., client: _Optional[str] = ..., base_dtype: _Optional[_Union[BaseFormat, str]] = ..., ranks: _Optional[_Iterable[int]] = ..., back: _Optional[float] = ..., view: _Optional[_Union[View, str]] = ..., importance: _Optional[_Union[Importance, str]] = ...) -> None: ...
 
 class LocalAdapter(_message.Message):
-    __slots__ = ("a_key", "train", "upload", "wire_dtype", "rank_penalty", "rank_decay", "proximal")
+    __slots__ = ("a_key", "train", "upload", "wire_dtype", "rank_penalty", "rank_decay", "proximal", "preference_beta")
     A_KEY_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +180,7 @@ class LocalAdapter(_message.Message):
     RANK_PENALTY_FIELD_NUMBER: _ClassVar[int]
     RANK_DECAY_FIELD_NUMBER: _ClassVar[int]
     PROXIMAL_FIELD_NUMBER: _ClassVar[int]
+    PREFERENCE_BETA_FIELD_NUMBER: _ClassVar[int]
     a_key: int
     train: Train
     upload: Upload
@@ -187,7 +188,8 @@ class LocalAdapter(_message.Message):
     rank_penalty: float
     rank_decay: float
     proximal: float
-    def __init__(self, a_key: _Optional[int] = ..., train: _Optional[_Union[Train, str]] = ..., upload: _Optional[_Union[Upload, str]] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., rank_penalty: _Optional[float] = ..., rank_decay: _Optional[float] = ..., proximal: _Optional[float] = ...) -> None: ...
+    preference_beta: float
+    def __init__(self, a_key: _Optional[int] = ..., train: _Optional[_Union[Train, str]] = ..., upload: _Optional[_Union[Upload, str]] = ..., wire_dtype: _Optional[_Union[DType, str]] = ..., rank_penalty: _Optional[float] = ..., rank_decay: _Optional[float] = ..., proximal: _Optional[float] = ..., preference_beta: _Optional[float] = ...) -> None: ...
 
 class SeedState(_message.Message):
     __slots__ = ("form", "since", "data", "round", "digest")
@@ -298,16 +300,18 @@ class Surgery(_message.Message):
     def __init__(self, settings: _Optional[bytes] = ..., stages: _Optional[_Iterable[bytes]] = ..., before: _Optional[bytes] = ..., wanted: bool = ..., moments: bool = ..., whole: bool = ...) -> None: ...
 
 class Score(_message.Message):
-    __slots__ = ("examples", "batch", "ledger", "trainable")
+    __slots__ = ("examples", "batch", "ledger", "trainable", "preference_beta")
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     LEDGER_FIELD_NUMBER: _ClassVar[int]
     TRAINABLE_FIELD_NUMBER: _ClassVar[int]
+    PREFERENCE_BETA_FIELD_NUMBER: _ClassVar[int]
     examples: int
     batch: int
     ledger: bytes
     trainable: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, examples: _Optional[int] = ..., batch: _Optional[int] = ..., ledger: _Optional[bytes] = ..., trainable: _Optional[_Iterable[int]] = ...) -> None: ...
+    preference_beta: float
+    def __init__(self, examples: _Optional[int] = ..., batch: _Optional[int] = ..., ledger: _Optional[bytes] = ..., trainable: _Optional[_Iterable[int]] = ..., preference_beta: _Optional[float] = ...) -> None: ...
 
 class Assignment(_message.Message):
     __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base", "probe", "surgery", "labels", "date", "descend", "sum", "score")
