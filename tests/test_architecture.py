@@ -51,6 +51,7 @@ HOMES: Mapping[str, frozenset[str]] = {
     "transformers": frozenset({"model", "client"}),
     "peft": frozenset({"model", "client"}),
     "bitsandbytes": frozenset({"model"}),
+    "lm_eval": frozenset({"runs"}),
     "datasets": frozenset({"data"}),
     "pydantic": frozenset({"config"}),
     "tomllib": frozenset({"config", "report"}),  # the report reads name and seed of a run that was killed

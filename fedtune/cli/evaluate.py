@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,6 +70,10 @@ def evaluate(
     skip_long: Annotated[
         bool, typer.Option("--skip-long", help="Leave out items longer than the model's positions, and count them.")
     ] = False,
+    official: Annotated[
+        bool,
+        typer.Option("--official", help="Have lm-eval (the extra `eval`) ask the --tasks of the exported model."),
+    ] = False,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the scores of --tasks here, as JSON.")
     ] = None,
@@ -82,11 +87,13 @@ def evaluate(
     pass, and each client's held-out rows in the structure that it trained.
 
     With --tasks the questions are read from local files. Scores are quick ones: each with its 95 % interval, before
-    beside after on the same items. An item that does not fit the model is an error.
+    beside after on the same items; an item that does not fit the model is an error. --official scores are lm-eval's.
     """
     with report_errors(debug):
         if tasks is None:
-            refuse_without_tasks({"--base": base, "--shots": shots, "--limit": limit, "--output": output})
+            refuse_without_tasks(
+                {"--base": base, "--shots": shots, "--limit": limit, "--output": output, "--official": official or None}
+            )
             score_run(target, data or (), rows, ratio or (), as_json)
             return
         if rows is not None or ratio:
@@ -94,13 +101,16 @@ def evaluate(
             raise typer.BadParameter("expected none with --tasks; use --limit, or export the model", param_hint=option)
         if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
             raise typer.BadParameter(f"expected a file in a folder that is there; got {output}", param_hint="--output")
+        if official and skip_long:
+            raise typer.BadParameter("expected none with --official: lm-eval cuts long items", param_hint="--skip-long")
+        from fedtune.runs.official_scores import score_officially
         from fedtune.runs.task_scores import score_tasks
 
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         scores = run_with_progress(
             "evaluate",
             quiet,
-            lambda watch: score_tasks(
+            lambda watch: (score_officially if official else partial(score_tasks, skip_long=skip_long))(
                 str(target),
                 names,
                 data={task: Path(path) for task, path in pairs(data or (), "--data", "TASK=PATH").items()},
@@ -109,7 +119,6 @@ def evaluate(
                 limit=limit,
                 new_tokens=new_tokens,
                 batch=batch,
-                skip_long=skip_long,
                 watch=watch,
             ),
         )

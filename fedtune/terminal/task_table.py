@@ -10,7 +10,7 @@ from rich.table import Table
 from fedtune.terminal.summary import grid
 from fedtune.terminal.text import printable
 
-TITLE = "quick scores with 95 % intervals: compare them with each other"
+QUICK = "quick scores with 95 % intervals: compare them with each other"
 VIEWS = {"base": "base", "before": "before", "after": "after", "difference": "change"}
 
 
@@ -18,7 +18,8 @@ def task_table(scores: Mapping[str, Any]) -> Table:
     """Return one row per task and measure."""
     tasks: Mapping[str, Any] = scores["tasks"]
     views = [view for view in VIEWS if any(view in m for t in tasks.values() for m in t["measures"].values())]
-    table = grid(TITLE, "task", *(VIEWS[view] for view in views), "items", second="measure")
+    title = QUICK if scores["quick"] else f"scores of lm-eval {scores['lm_eval']} with 95 % intervals"
+    table = grid(title, "task", *(VIEWS[view] for view in views), "items", second="measure")
     for name, task in tasks.items():
         for number, (measure, estimates) in enumerate(task["measures"].items()):
             cells = [interval(estimates[view], signed=view == "difference") for view in views]
