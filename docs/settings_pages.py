@@ -144,6 +144,8 @@ PLAIN_NUMBERS = frozenset(
             "scalar_step",
             "seed",
             "staleness_exponent",
+            "strength",
+            "rate",
         ),
         *("server_learning_rate", "weight_cap", "weight_decay"),
         *("discount", "learning_rates", "weight_decays"),
@@ -489,6 +491,8 @@ and key, the later one wins.""",
 applied in their order.""",
     "pruning": "Without this table every client trains the whole model.",
     "fleet": "Without this table no devices are simulated.",
+    "personal": """Without this table no client has a model of its own.
+[Models of their own](../../how-to/personal.md) says how they are trained and scored.""",
 }
 """What a page says before its tables, by page."""
 

@@ -19,6 +19,8 @@ from fedtune.tasks import (
     DescendSeeds,
     Estimator,
     ImportanceName,
+    Personal,
+    PersonalTrace,
     Plan,
     PlannedClient,
     Preference,
@@ -65,6 +67,8 @@ __all__ = [
     "LoraResult",
     "Measured",
     "Outcome",
+    "Personal",
+    "PersonalTrace",
     "Plan",
     "PlannedClient",
     "Preference",
@@ -227,6 +231,8 @@ class LoraResult:
     moments: Tensors = field(default_factory=dict)
     """Of the inputs of layers that read heads or channels (`least_squares.moment_shapes`), float16, where they were
     requested."""
+    personal: PersonalTrace | None = None
+    """Of the client's personal state, which itself stays there, where the task has asked for one."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Interval
@@ -223,6 +224,67 @@ class Preference:
 Term: TypeAlias = TailRank | Proximal | Preference
 
 
+PersonalKind: TypeAlias = Literal["ditto", "pfedme", "fedrep", "share-a", "fedbn", "finetune"]
+KEEP: Mapping[PersonalKind, tuple[str, ...]] = {"fedrep": (), "share-a": ("*.b",), "fedbn": ("*norm*",)}
+"""Kinds by which some tensors stay with their client, and which these are where a recipe does not say."""
+STRENGTH: Mapping[PersonalKind, float] = {"ditto": 0.1, "pfedme": 15.0}
+"""Kinds whose personal model is pulled towards the global one, and how strongly: lambda of the papers."""
+INNER_STEPS = 5
+"""Of pFedMe on one mini-batch: K of the paper."""
+
+
+@dataclass(frozen=True)
+class Personal:
+    """A model of its own for each client, which stays there; the recipe's table `personal`."""
+
+    kind: PersonalKind = "ditto"
+    """ditto: a second model, pulled towards the global one, which is trained as without it; pfedme: the client's part
+    of the global model follows its personal one; fedrep: the tensors of `keep` are trained first, and stay, then the
+    others; share-a: A of every layer is averaged, B stays; fedbn: the norms stay; finetune: nothing stays, the global
+    model is trained for a few steps before it is scored."""
+    keep: Sequence[str] = ()
+    """With fedrep, share-a and fedbn: tensors that stay with their client, by globs over their names: `<module>.a`,
+    `<module>.b`, and the parameters of `adapter.modules_to_save`. Small and capital letters count alike. Empty: `*.b`
+    with share-a, `*norm*` with fedbn."""
+    strength: Annotated[float, Ge(0)] | None = None
+    """With ditto and pfedme: lambda, by which the personal model is pulled towards the global one; 0 is none. none: 0.1
+    with ditto, 15 with pfedme."""
+    rate: Annotated[float, Gt(0)] | None = None
+    """Step size of the personal steps; none: that of the client in the round."""
+    steps: Annotated[int, Ge(1)] | None = None
+    """Personal steps in a round; with pfedme, those on one mini-batch; with finetune, before a score. none: as many as
+    the client's other steps, with pfedme 5."""
+
+    @property
+    def pull(self) -> float:
+        """Lambda of ditto and pfedme; 0 of all others."""
+        return STRENGTH.get(self.kind, 0.0) if self.strength is None else self.strength
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a client stores tensors from round to round."""
+        return self.kind != "finetune"
+
+    def keeps(self, name: str) -> bool:
+        """Return whether a tensor stays with its client."""
+        return any(fnmatchcase(name.lower(), glob.lower()) for glob in self.keep)
+
+    def in_full(self) -> Personal:
+        """Return the same with the defaults of its kind written out, as it travels."""
+        steps = INNER_STEPS if self.kind == "pfedme" and self.steps is None else self.steps
+        strength = self.pull if self.kind in STRENGTH else self.strength
+        return replace(self, keep=tuple(self.keep) or KEEP.get(self.kind, ()), strength=strength, steps=steps)
+
+
+@dataclass(frozen=True)
+class PersonalTrace:
+    """Which personal state a client has started from, and which it has stored: 8 bytes of either's digest."""
+
+    before: bytes = b""
+    """Empty: none, so that the personal model has started from the server's values."""
+    after: bytes = b""
+
+
 @dataclass(frozen=True)
 class Pruning:
     """How a client makes its model smaller for one round, and what it measures around that.
@@ -273,6 +335,8 @@ class TrainLora:
     pruning: Pruning | None = None
     """How the model is pruned; the blobs are in the coordinates of all that `stages` and `previous` keep, or of the
     whole base with the policy `local`."""
+    personal: Personal | None = None
+    """How the client trains a model of its own beside; tensors that it keeps come in no blob, and in no update."""
 
 
 @dataclass(frozen=True)

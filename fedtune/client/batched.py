@@ -90,6 +90,7 @@ def why_alone(base: Base, client: Resident, assignment: Assignment) -> str:
         "its adapter is of another view": assignment.plan.view != "whole",
         "modules are scored": bool(assignment.plan.importance),
         "the objective has other terms": bool(task.terms),
+        "the client has a model of its own": task.personal is not None,
         "modules are trained in full": bool(task.blobs.get("saved")),
         # It is drawn from one generator, layer by layer: beside others a client would get another draw than alone.
         "there is dropout": training.dropout > 0,

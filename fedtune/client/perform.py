@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from fedtune.client.personal_state import StateFolder
+from fedtune.client.personal_training import train_personal
 from fedtune.client.seeds import work_along_seeds
 from fedtune.client.whole_losses import loss_after_in_whole, loss_before_in_whole
 from fedtune.data.encode import Example
@@ -73,6 +75,7 @@ def perform(
     on_step: OnStep = no_steps,
     shares: Shares = ALONE,
     max_bytes: int | None = None,
+    personal: StateFolder | None = None,
 ) -> ClientUpdate:
     """Do what an assignment asks on so many CPU threads, and return the update; the base is afterwards as before.
 
@@ -80,7 +83,8 @@ def perform(
     are what this process remembers of earlier rounds; without them every short message is asked for again, whole.
     The losses before and after are those of rows that the client holds out, or of training rows if it holds out none.
     With shares the steps of an adapter's training are divided among several processes, each of which calls this.
-    `max_bytes` is what this process may take in all; None: what the machine has.
+    `max_bytes` is what this process may take in all; None: what the machine has. `personal` is where the client's own
+    model of earlier rounds lies, and where this round's goes.
 
     Raises:
         ClientError: if the base is another, the training fails, or the client holds no example.
@@ -100,7 +104,7 @@ def perform(
                 check_base(assignment, base)
                 return sum_classes(base, examples, assignment, on_step=on_step)
             case TrainLora() as task:
-                return train_adapter(base, examples, assignment, task, held_out, on_step, shares)
+                return train_adapter(base, examples, assignment, task, held_out, on_step, shares, personal)
 
 
 def train_adapter(
@@ -111,9 +115,10 @@ def train_adapter(
     held_out: Sequence[Example] = (),
     on_step: OnStep = no_steps,
     shares: Shares = ALONE,
+    personal: StateFolder | None = None,
 ) -> ClientUpdate:
     """Train the adapter of an assignment on the client's examples, in a pruned model if the task says so."""
-    refuse_unsupported(assignment.plan, task)
+    refuse_unsupported(assignment.plan, task, shares)
     plan, assignment = assignment.plan, in_numbers(assignment, "global", "local")
     task = assignment.lora
     # Before training: hours of work on another base would only be refused in the end.
@@ -134,6 +139,8 @@ def train_adapter(
     with report_out_of_memory(plan.client, plan.training.batch):
         if task.pruning is not None:
             result, measured = train_pruned(base, examples, assignment, task, task.pruning, held_out, on_step)
+        elif task.personal is not None:
+            result, measured = train_with_own(base, examples, assignment, task, held_out, on_step, personal)
         else:
             extend = partial(Hooks, terms=task.terms) if task.terms else None
             rows = loss_rows(examples, held_out, plan.client, count=num_loss_rows(examples_seen(plan.training)))
@@ -161,14 +168,19 @@ def train_adapter(
     return ClientUpdate(plan.client, assignment.round, len(examples), result, measured)
 
 
-def refuse_unsupported(plan: Plan, task: TrainLora) -> None:
-    """Raise ClientError for what a plan may ask and this client does not do: nothing is left out in silence."""
+def refuse_unsupported(plan: Plan, task: TrainLora, shares: Shares) -> None:
+    """Raise ClientError for what an order may ask and this client does not do: nothing is left out in silence."""
     preference, pruning = preference_of(task.terms), task.pruning is not None
+    personal = task.personal is not None
     asked = {
         f"an adapter of the {plan.view} model alone": plan.view != "whole" and plan.ratio == 0,
         "answers that are compared in a pruned model": preference is not None and (pruning or plan.ratio > 0),
         "answers that are compared in packed rows": preference is not None and plan.training.packing,
+        "answers that are compared beside a personal model": preference is not None and personal,
         "scores of the modules of a pruned model": bool(plan.importance) and plan.ratio > 0,
+        "scores of the modules beside a personal model": bool(plan.importance) and personal,
+        "a personal model of a pruned one": pruning and personal,
+        "a personal model that several processes share": shares.size > 1 and personal,
     }
     if unsupported := [what for what, is_asked in asked.items() if is_asked]:
         raise ClientError(
@@ -287,6 +299,31 @@ def lora_result(base: Base, assignment: Assignment, task: TrainLora, learned: Lo
         base_dtype=quantised_format(base.dtype) or "",
         codes=base.codes[:CODES_BYTES],
     )
+
+
+def train_with_own(
+    base: Base,
+    examples: Sequence[Example],
+    assignment: Assignment,
+    task: TrainLora,
+    held_out: Sequence[Example],
+    on_step: OnStep,
+    folder: StateFolder | None,
+) -> tuple[LoraResult, Measured]:
+    """Train an adapter beside the client's own model, of which nothing is in the result but two short digests."""
+    plan = assignment.plan
+    extend = partial(Hooks, terms=task.terms) if task.terms else None
+    rows = loss_rows(examples, held_out, plan.client, count=num_loss_rows(examples_seen(plan.training)))
+
+    def plain(order: Assignment, initial: Adapter) -> tuple[Adapter, Tensors, Measured]:
+        learned = train_locally(base, examples, order, initial, extend, rows, on_step)
+        return learned.final, learned.saved, learned.measured
+
+    initial = start(task, plan, base.modules)
+    trained = train_personal(base, examples, assignment, initial, folder, rows=rows, on_step=on_step, plain=plain)
+    saved = {name: tensor for name, tensor in trained.saved.items() if name in task.blobs.get("saved", {})}
+    learned = LocalTraining(trained.initial, trained.final, saved, trained.measured, None)
+    return replace(lora_result(base, assignment, task, learned), personal=trained.trace), trained.measured
 
 
 def train_pruned(
@@ -438,4 +475,6 @@ def upload(initial: Adapter, final: Adapter, task: TrainLora, *, scale: float) -
     tensors = {f"{name}.b": scale * factors.b for name, factors in final.items()}
     if task.train == "ab":
         tensors |= {f"{name}.a": factors.a for name, factors in final.items()}
-    return tensors
+    if task.personal is None:
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if not task.personal.keeps(name)}

@@ -12,6 +12,7 @@ from typing import Any
 
 from fedtune.client.data_checks import check_examples
 from fedtune.client.perform import perform
+from fedtune.client.personal_state import StateFolder, client_folder
 from fedtune.client.scoring import score
 from fedtune.client.shared_work import SharedWork
 from fedtune.client.speed import seconds_per_tflop
@@ -76,6 +77,8 @@ class Site:
     """Hears of each step of a training."""
     measures_speed: bool = False
     """Whether it measures how fast it computes when it checks in, for planners that ask; simulated devices do not."""
+    personal: StateFolder | None = None
+    """Of its own models in the run that it works for; None where none can be stored."""
     shared: SharedWork | None = None
     """The processes beside this one that its training is divided among."""
 
@@ -146,6 +149,7 @@ class Site:
             held_out=site.held_out,
             on_step=self.on_step,
             max_bytes=site.max_bytes,
+            personal=self.personal,
         )
         shared = site.shared
         update = shared.perform(assignment, lambda s: work(shares=s), threads=site.threads) if shared else work()
@@ -232,13 +236,18 @@ def from_file(path: str, labels: tuple[str, ...] = (), date: str = "") -> Site:
     )
 
 
-def simulated_site(recipe: str, node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> Site:
+def simulated_site(
+    recipe: str, node_config: Mapping[str, Any], run_config: Mapping[str, Any], personal: str = ""
+) -> Site:
     """Return the client of a recipe, in TOML or as a path, for a node of Flower's simulation engine.
+
+    `personal` is the folder of the clients' own models; empty where none can be stored.
 
     Raises:
         ConfigError: if the recipe is wrong, or has fewer clients than there are nodes.
     """
-    return simulated_client(recipe, int(node_config["partition-id"]), "")
+    site = simulated_client(recipe, int(node_config["partition-id"]), "")
+    return replace(site, personal=client_folder(Path(personal), site.client)) if personal else site
 
 
 def simulated_client(recipe: str, place: int, date: str) -> Site:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fedtune.client.perform import perform
+from fedtune.client.personal_state import client_folder
 from fedtune.data import transfer
 from fedtune.data.encode import Example
 from fedtune.data.loss_rows import MOST, at_most
@@ -37,6 +38,7 @@ def payload(
     labels: Sequence[str] = (),
     base: str = "",
     held_out: Mapping[str, Sequence[Example]] | None = None,
+    personal: Path | None = None,
 ) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
     """Return (settings, examples by client), the arguments of `prepare` as JSON and bytes.
 
@@ -49,6 +51,7 @@ def payload(
         labels: names of the classes, for classification.
         base: digest that the base must have; empty accepts any, and that of each assignment is checked all the same.
         held_out: held-out examples by client; only as many of them are sent as losses are measured on.
+        personal: folder of the clients' own models; None where none can be stored.
     """
     spec = {
         "model": asdict(model),
@@ -57,6 +60,7 @@ def payload(
         "seed": seed,
         "labels": list(labels),
         "base": base,
+        "personal": str(personal.resolve()) if personal else "",
     }
     parts = {f"{TRAIN}{name}": rows for name, rows in examples.items()}
     # The same rows as without worker processes, where all are at hand: drawn from no more than these, they are these.
@@ -93,7 +97,15 @@ def prepare(spec: Mapping[str, Any], parts: Mapping[str, memoryview]) -> Prepare
         def work(assignment: Assignment, threads: int) -> ClientUpdate:
             name = assignment.plan.client
             own, held_out = examples[f"{TRAIN}{name}"], examples.get(f"{HELD_OUT}{name}", ())
-            return perform(resident, own, assignment, threads=threads, replicas=replicas, held_out=held_out)
+            return perform(
+                resident,
+                own,
+                assignment,
+                threads=threads,
+                replicas=replicas,
+                held_out=held_out,
+                personal=client_folder(Path(spec["personal"]), name) if spec["personal"] else None,
+            )
 
         return work
 

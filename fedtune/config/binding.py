@@ -30,10 +30,10 @@ from fedtune.planning.planner import PlannerType
 
 OPTIONAL = (
     *("adapter", "method", "client", "rounds", "planner", "evaluate", "engine", "report"),
-    *("descend", "override", "pruning", "asynchronous", "fleet", "device"),
+    *("descend", "override", "pruning", "personal", "asynchronous", "fleet", "device"),
 )
 """Tables that a recipe may leave out."""
-ABSENT = ("pruning", "asynchronous", "fleet", "descend")
+ABSENT = ("pruning", "personal", "asynchronous", "fleet", "descend")
 """Tables without which something is not done; the others that are left out have their defaults."""
 
 NAMED = ("method", "planner")

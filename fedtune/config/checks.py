@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from fedtune.config.async_checks import buffer_faults, fleet_bound, overlap_faults, trigger_faults
 from fedtune.config.error_text import display, join_words, nearest, quote
+from fedtune.config.personal_checks import personal_faults
 from fedtune.config.planner_checks import (
     arm_faults,
     expgrad_faults,
@@ -442,6 +443,7 @@ def training_apart(recipe: Recipe) -> Mapping[str, str]:
         "client.proximal": (recipe.client.proximal > 0, f"{recipe.client.proximal:g}"),
         "client.objective": (recipe.client.objective != "likelihood", quote(recipe.client.objective)),
         "pruning": (recipe.pruning is not None, "that table"),
+        "personal": (recipe.personal is not None and recipe.personal.has_state, "that table"),
     }
     return {path: got for path, (there, got) in reasons.items() if there}
 
@@ -482,6 +484,7 @@ RULES: Sequence[Rule] = (
     accumulator_faults,
     method_faults,
     pruning_faults,
+    personal_faults,
     server_optimizer_faults,
     robust_faults,
     planner_key_faults,

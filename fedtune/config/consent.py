@@ -41,6 +41,7 @@ from fedtune.messages import (
 )
 from fedtune.methods import class_head
 from fedtune.methods.fedkseed_state import FedKSeedState
+from fedtune.methods.personal import with_personal
 from fedtune.planning.expgrad import with_arm
 from fedtune.planning.planner import PlanChoices, lora_scale, optimizer_steps, steps_of_share
 from fedtune.planning.verbs import DESCENDING
@@ -161,7 +162,7 @@ def permitted_order(recipe: Recipe, allowed: Permitted, profile: ClientProfile, 
         FedtuneError: if the method makes none, or a rank is larger than every layer.
     """
     # Without the server's optimiser, which changes no order.
-    method = method_type_of(recipe)
+    method = with_personal(method_type_of(recipe), recipe.personal)
     widest = max((max(shape) for shape in profile.foundation.modules.values()), default=WIDEST)
     if (rank := allowed.largest_rank) > max(64, widest):
         # Before a layer of that size is made: a recipe must not decide how much memory a site takes to refuse it.

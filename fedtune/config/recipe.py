@@ -11,9 +11,10 @@ from typing import Any, Literal, Protocol
 from fedtune.config.plugins import find_method, find_planner
 from fedtune.data.settings import DataSettings
 from fedtune.errors import ConfigError, Fault
-from fedtune.messages import OMIT_DEFAULT, ProbeSeeds, Training, Verb, VerbChoice
+from fedtune.messages import OMIT_DEFAULT, Personal, ProbeSeeds, Training, Verb, VerbChoice
 from fedtune.methods import with_settings
 from fedtune.methods.method import Method
+from fedtune.methods.personal import with_personal
 from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.planning.planner import Planner, PlannerInputs, PlannerType
@@ -135,6 +136,8 @@ class Recipe:
     report: ReportSettings = field(default_factory=ReportSettings)
     descend: DescendSettings | None = field(default=None, metadata=OMIT_DEFAULT)
     """None: no client descends."""
+    personal: Personal | None = field(default=None, metadata=OMIT_DEFAULT)
+    """None: no client has a model of its own."""
     root: Path = field(default=Path(), compare=False)
     """Folder of the recipe's file; relative paths in it are relative to this."""
     objects: Objects = field(default=Objects(), compare=False)
@@ -154,6 +157,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "data": DataSettings,
     "evaluate": EvaluationSettings,
     "pruning": PruningSettings,
+    "personal": Personal,
     "fleet": FleetSettings,
     "engine": EngineSettings,
     "report": ReportSettings,
@@ -299,7 +303,8 @@ def method_of(recipe: Recipe) -> Method[Any]:
     Raises:
         ConfigError: if no method of that name is installed.
     """
-    return with_settings(method_type_of(recipe), recipe.method)
+    # Within the optimiser: that moves nothing which stays with clients.
+    return with_settings(with_personal(method_type_of(recipe), recipe.personal), recipe.method)
 
 
 def method_type_of(recipe: Recipe) -> Method[Any]:

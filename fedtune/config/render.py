@@ -16,6 +16,7 @@ TABLES: Mapping[str, str] = {
     "method": "what is sent, and how the server combines it",
     "planner": "what each client is asked to do",
     "pruning": "how clients' models are made smaller",
+    "personal": "a model of its own for each client",
     "client": "how a client trains in one round",
     "descend": "how a client that descends trains in one round",
     "rounds": "how many rounds, and who takes part",

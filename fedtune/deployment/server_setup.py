@@ -20,7 +20,7 @@ from fedtune.pruning.structure import ModelStructure
 from fedtune.rounds.probe import CheckIns, Prober
 from fedtune.rounds.scores import pooled_scores
 from fedtune.rounds.site_scores import ask_scores
-from fedtune.runs.base_checks import check_pruning, check_ranks
+from fedtune.runs.base_checks import check_kept, check_pruning, check_ranks
 from fedtune.runs.context import Door, ModelScores, RunContext
 from fedtune.runs.fleet import fleet_of
 from fedtune.runs.start import check_start_base, first_round, start_adapter, start_state
@@ -100,6 +100,7 @@ def server_context(
     # A recipe's fleet is of simulated devices, and these clients are real ones.
     devices = fleet_of(replace(recipe, fleet=None), list(profiles), blueprint, parameters=common.parameters)
     check_pruning(blueprint)
+    check_kept(recipe, blueprint)
     # A base that the method cannot use is refused now, and not in the first round.
     start = start_adapter(recipe)
     check_start_base(start, common.base)

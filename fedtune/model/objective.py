@@ -66,6 +66,7 @@ class Hooks:
         between: Between | None = None,
         weigh: bool = False,
         measure: Callable[[nn.Module], Any] | None = None,
+        anchor: Start | None = None,
     ) -> None:
         self.at_end: Any = None
         """What `measure` returned for the trained model, its adapters still attached."""
@@ -81,8 +82,10 @@ class Hooks:
         ]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         distant = any(isinstance(term, Proximal) for term in self._terms)
-        # Only for FedProx, which alone compares with the start: the copy is as large as all that is trained.
-        self._start: Start = {parameter: parameter.detach().clone() for parameter in trained} if distant else {}
+        # Only for FedProx, which alone compares with the start: the copy is as large as all that is trained. A personal
+        # model is pulled towards other values than those that it starts from.
+        start = {parameter: parameter.detach().clone() for parameter in trained} if distant and not anchor else {}
+        self._start: Start = anchor or start
         self._tail = self._tail_size()
 
     def after_backward(self, optimizer: torch.optim.Optimizer) -> None:

@@ -85,6 +85,7 @@ def train(
     rows: Sequence[Example] = (),
     on_step: OnStep = no_steps,
     shares: Shares = ALONE,
+    repeat: int = 1,
 ) -> Trained:
     """Take `training.steps` optimizer steps on all parameters of the base's model that require a gradient.
 
@@ -102,6 +103,7 @@ def train(
             of them whose loss is not finite before the first step are left out, unless that is all.
         on_step: called after each step.
         shares: what of each batch this process computes; the others of the client take the same steps.
+        repeat: steps in a row that see the same batches.
 
     A step whose loss or gradient is not finite is left out: its gradients are dropped, and rates and data go on.
 
@@ -115,13 +117,14 @@ def train(
     began, order = time.perf_counter(), batches(len(examples), size=training.batch, key=key)
     optimizer = make_optimizer(training, [p for p in base.model.parameters() if p.requires_grad])
     [group] = optimizer.param_groups
-    losses, tokens, skipped = list[float](), 0, 0
+    losses, chosen, tokens, skipped = list[float](), list[Any](), 0, 0
     loss_before, measured_rows = loss_before_training(base, rows, training)
     check_finite(loss_before, f"{client}, before step 1", training)
     with training_mode(base, training), torch_seed(derive(key, "dropout", shares.place), base.device):
         for step in range(training.steps):
             group["lr"] = learning_rate(training, step, training.steps)
-            chosen = [shares.own(next(order)) for _ in range(training.accumulation)]
+            if step % repeat == 0:
+                chosen = [shares.own(next(order)) for _ in range(training.accumulation)]
             parts = [collate([examples[i] for i in own], base, packed=training.packing) for own in chosen if own]
             counted, seen = sum(batch.count for batch in parts), sum(batch.tokens for batch in parts)
             loss, seen = shares.join(group["params"], backward(base, parts, training), counted, seen)

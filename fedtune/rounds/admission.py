@@ -336,11 +336,14 @@ def _check_adapter(
         raise _RefusedError("TENSOR_NAMES", "tensors", "scalars of seeds")
     # Names before shapes, shapes before numbers: what is missing or extra cannot be looked up.
     ranks = assignment.plan.rank_of(blueprint.modules)
-    names = {f"{name}.{side}" for name in ranks for side in task.train}
-    if task.wire_dtype in CODES:
-        names |= {name + SCALES for name in names}
-    _check_keys("factors", names, result.tensors)
-    _check_keys("modules_to_save", set(blueprint.saved), result.saved)
+    keeps = task.personal.keeps if task.personal is not None else keeps_nothing
+    factors = {f"{name}.{side}" for name in ranks for side in task.train if not keeps(f"{name}.{side}")}
+    coded = {name + SCALES for name in factors} if task.wire_dtype in CODES else set()
+    _check_keys("factors", factors | coded, result.tensors)
+    _check_keys("modules_to_save", {name for name in blueprint.saved if not keeps(name)}, result.saved)
+    stored = task.personal is not None and task.personal.has_state
+    stated = "digests of a personal state" if stored else "none of a personal state"
+    _require((result.personal is not None) == stored, "TENSOR_NAMES", stated, "another answer")
     modules, structure = blueprint.modules, None
     if task.pruning is not None:
         modules, structure = _check_pruned(result, task.pruning, assignment.plan.ratio, blueprint)
@@ -353,7 +356,7 @@ def _check_adapter(
     # Only now: numbers take four times as much memory as codes.
     wide = from_wire(result.tensors)
     for name in modules:
-        _check_factors(wide, name, task)
+        _check_factors(wide, name)
     for name, array in sorted(result.saved.items()):
         own = blueprint.saved[name].shape
         _require(array.shape == own, "TENSOR_SHAPE", f"shape {own}", array.shape, where=name)
@@ -471,7 +474,9 @@ def _check_keys(what: str, expected: set[str], tensors: Tensors) -> None:
 
 def _check_shapes(tensors: Tensors, name: str, shape: tuple[int, int], task: TrainLora, planned: int) -> None:
     """Check what the factors of a module are made of: shapes, number formats, codes and scales."""
-    (m, n), b = shape, tensors[f"{name}.b"]
+    (m, n), sides = shape, [side for side in task.train if f"{name}.{side}" in tensors]
+    # Without b, which may stay with a client, a alone says what its rank is.
+    b = tensors[f"{name}.b"] if "b" in sides else np.empty((m, planned), np.int8)
     rank = b.shape[1] if b.ndim == 2 else -1
     # Only HetLoRA's term lets a client return fewer ranks than planned; elsewhere numpy would broadcast rank 1.
     shrinks = any(isinstance(term, TailRank) and term.decay < 1 for term in task.terms)
@@ -479,11 +484,11 @@ def _check_shapes(tensors: Tensors, name: str, shape: tuple[int, int], task: Tra
     ranks = f"{planned}" if least == planned else f"{least}..{planned}"
     fits = b.shape == (m, rank) and least <= rank <= planned
     _require(fits, "RANK_RANGE", f"shape ({m}, {ranks})", b.shape, where=f"{name}.b")
-    if task.train == "ab":
+    if "a" in sides:
         a = tensors[f"{name}.a"]
         expected = f"shape ({rank}, {n}), b having rank {rank}"
         _require(a.shape == (rank, n), "TENSOR_SHAPE", expected, a.shape, where=f"{name}.a")
-    for key in [f"{name}.{side}" for side in sorted(task.train, reverse=True)]:
+    for key in [f"{name}.{side}" for side in sorted(sides, reverse=True)]:
         if task.wire_dtype in CODES:
             _check_format(key, tensors[key], (task.wire_dtype,))
             _check_codes(key, tensors[key], tensors[key + SCALES], LARGEST_CODE[task.wire_dtype])
@@ -502,14 +507,19 @@ def _check_codes(name: str, codes: Array, scales: Array, largest: int) -> None:
     _require(least >= -largest, "TENSOR_DTYPE", f"codes from -{largest} to {largest}", least, where=name)
 
 
-def _check_factors(tensors: Tensors, name: str, task: TrainLora) -> None:
-    """Check the numbers of a module's factors."""
-    square = _check_finite(f"{name}.b", tensors[f"{name}.b"])
-    if task.train == "ab":
+def _check_factors(tensors: Tensors, name: str) -> None:
+    """Check the numbers of a module's factors, as many of the two as a client sends."""
+    squares = [_check_finite(key, tensors[key]) for key in (f"{name}.b", f"{name}.a") if key in tensors]
+    if len(squares) == 2:
         # Each factor may be finite and their product not: then the global change would be infinite for all.
-        bound = math.sqrt(square) * math.sqrt(_check_finite(f"{name}.a", tensors[f"{name}.a"]))
+        bound = math.sqrt(squares[0]) * math.sqrt(squares[1])
         expected = f"factors whose product fits float32, norm below {LARGEST:.3g}"
         _require(bound <= LARGEST, "NORM_OVER_CAP", expected, f"up to {bound:.3g}", where=name)
+
+
+def keeps_nothing(name: str) -> bool:
+    """Return that a tensor does not stay with its client."""
+    return False
 
 
 def _check_format(name: str, array: Array, formats: Sequence[str]) -> None:

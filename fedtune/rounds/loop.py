@@ -423,6 +423,8 @@ def without_tensors(outcome: Outcome) -> Outcome:
             few: Any = replace(result, scalars=result.scalars[:0].copy())
         case DescendResult():
             few = replace(result, numbers=result.numbers[:0].copy())
+        case LoraResult():
+            few = LoraResult({}, personal=result.personal)
         case _:
             few = LoraResult({})
     return replace(outcome, update=replace(outcome.update, result=few), origin=None)

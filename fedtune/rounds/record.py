@@ -21,6 +21,15 @@ COUNTS = ("examples", "tokens", "generated")
 
 
 @dataclass(frozen=True)
+class PersonalRecord:
+    """Which state of its own model a client has started from, and which it has stored: 16 hex digits of the digest."""
+
+    before: str = ""
+    """Empty: none; it started from the server's values."""
+    after: str = ""
+
+
+@dataclass(frozen=True)
 class ClientRecord:
     """What one client of the cohort was asked for and delivered."""
 
@@ -116,6 +125,8 @@ class ClientRecord:
     """Versions that its update has missed, in an asynchronous round; left out where it is 0."""
     discount: float = 1.0
     """Factor on its change because of that; left out where it is 1."""
+    personal: PersonalRecord | None = None
+    """Of its own model, where it has one that it stores; left out where it has none."""
 
 
 PROBE_FIELDS = ("probed_s_per_tflop", "probed_s_per_mb")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe
-from fedtune.config.recipe import largest_rank
+from fedtune.config.recipe import largest_rank, method_type_of
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Blueprint
+from fedtune.methods import with_settings
+from fedtune.methods.method import LinearMethod
 from fedtune.planning.arms import AdaptiveSettings
 from fedtune.pruning.ranking import multiple_of
 from fedtune.store import result
@@ -62,6 +64,35 @@ def check_pruning(blueprint: Blueprint) -> None:
         faults.append(Fault("pruning.score", expected, f"adapters that touch {sorted(touched - {'all', ''})}", hint))
     if faults:
         raise ConfigError(faults)
+
+
+def check_kept(recipe: Recipe, blueprint: Blueprint) -> None:
+    """Refuse globs of `personal.keep` that name none of what is trained, or all of it.
+
+    Raises:
+        ConfigError: with what there is to name.
+    """
+    personal = recipe.personal.in_full() if recipe.personal else None
+    if personal is None or not personal.keep:
+        return
+    names = [name.partition("/")[2] for name in current_names(recipe, blueprint)]
+    path = "personal.keep" if recipe.personal and recipe.personal.keep else "personal.kind"
+    some = f"{names[0]}, {names[-1]} and {len(names) - 2} more" if len(names) > 3 else ", ".join(names)
+    for glob in personal.keep:
+        if not any(replace(personal, keep=(glob,)).keeps(name) for name in names):
+            hint = "name modules to train in full in adapter.modules_to_save"
+            if personal.kind == "fedbn":
+                hint = 'name the norms in adapter.modules_to_save, such as ["input_layernorm", "norm"]'
+            raise ConfigError(Fault(path, f"globs over what is trained ({some})", f"{glob!r}, which names none", hint))
+    if all(map(personal.keeps, names)):
+        raise ConfigError(Fault(path, "globs that leave something to average", "all that is trained", "name less"))
+
+
+def current_names(recipe: Recipe, blueprint: Blueprint) -> Sequence[str]:
+    """Return the names of all that a linear method averages, before a round."""
+    method = with_settings(method_type_of(recipe), recipe.method)
+    assert isinstance(method, LinearMethod)  # checked when the recipe is bound
+    return sorted(method.current(method.init(blueprint, recipe.method)))
 
 
 def check_base(digest: str, origin: Mapping[str, Any], run: Path) -> None:

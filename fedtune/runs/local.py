@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from fedtune.client.batched import LARGEST, Batched, Resident
 from fedtune.client.perform import perform
+from fedtune.client.personal_state import client_folder
 from fedtune.client.shared_work import SharedWork
 from fedtune.client.site import load_site, simulated_site
 from fedtune.client.worker_process import devices_of, payload
@@ -45,7 +47,7 @@ from fedtune.pruning.structure import ModelStructure, cuts, slice_adapter
 from fedtune.rounds import buffer
 from fedtune.rounds.events import Watch
 from fedtune.rounds.transport import Transport
-from fedtune.runs.base_checks import check_pruning, check_ranks
+from fedtune.runs.base_checks import check_kept, check_pruning, check_ranks
 from fedtune.runs.context import ModelScores, RunContext
 from fedtune.runs.fleet import Fleet, Lengths, fleet_of
 from fedtune.runs.memory_guard import check_memory, plainly_fits
@@ -65,6 +67,8 @@ class Experiment:
     recipe: Recipe
     federation: Federation
     base: Base
+    personal: Path | None = None
+    """Folder of the clients' own models; None where none of them can be stored."""
 
     @property
     def fleet(self) -> Mapping[str, int]:
@@ -189,6 +193,7 @@ def prepare(recipe: Recipe, watch: Watch = lambda event: None, *, sizes_alone: b
     check_ranks(recipe, base.modules)
     experiment = Experiment(recipe=recipe, federation=federation, base=base)
     check_pruning(experiment.blueprint)
+    check_kept(recipe, experiment.blueprint)
     if not sizes_alone:
         check_start_base(start_adapter(recipe), base.digest)
     start_state(recipe, experiment.blueprint)  # a base that the method refuses is refused before anything is written
@@ -390,6 +395,7 @@ def in_process(experiment: Experiment, shared: SharedWork | None = None) -> InPr
             threads=threads,
             replicas=replicas,
             held_out=shard.held_out,
+            personal=client_folder(experiment.personal, name) if experiment.personal else None,
         )
         return shared.perform(assignment, lambda shares: own(shares=shares), threads=threads) if shared else own()
 
@@ -443,6 +449,7 @@ def payload_of(experiment: Experiment) -> tuple[Mapping[str, Any], Mapping[str, 
         labels=experiment.federation.labels,
         base=experiment.base.digest,
         held_out={name: shard.held_out for name, shard in shards.items()},
+        personal=experiment.personal,
     )
 
 
@@ -467,7 +474,7 @@ def ray(experiment: Experiment) -> AbstractContextManager[Transport]:
     recipe, number = experiment.recipe, min(workers(experiment), len(experiment.fleet))
     gpus = 0.0 if experiment.base.device.type == "cpu" else min(1.0, len(devices_of(experiment.base.device)) / number)
     return ray_transport(
-        client_app(partial(simulated_site, render(recipe))),
+        client_app(partial(simulated_site, render(recipe), personal=str(experiment.personal or ""))),
         clients=len(experiment.fleet),
         workers=number,
         share=Share(threads=recipe.model.threads, gpus=gpus),

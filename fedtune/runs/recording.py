@@ -14,12 +14,23 @@ from fedtune.config import Recipe
 from fedtune.config.recipe import method_of
 from fedtune.lora.dense import Summed, energy
 from fedtune.lora.lowrank import compress
-from fedtune.messages import VERBS, Assignment, Failure, Outcome, PlannedClient, ProbeResult, SumClasses, TrainLora
+from fedtune.messages import (
+    VERBS,
+    Assignment,
+    ClientUpdate,
+    Failure,
+    LoraResult,
+    Outcome,
+    PlannedClient,
+    ProbeResult,
+    SumClasses,
+    TrainLora,
+)
 from fedtune.methods.method import GlobalModel
 from fedtune.planning.verbs import DESCENDING
 from fedtune.pruning.structure import ModelStructure
 from fedtune.rounds.loop import RoundResult, arm_of, probe_fields, steps_done
-from fedtune.rounds.record import ClientRecord, ModuleRecord, RoundRecord, UnsolicitedRecord
+from fedtune.rounds.record import ClientRecord, ModuleRecord, PersonalRecord, RoundRecord, UnsolicitedRecord
 from fedtune.rounds.selection import ends_early, kept_record
 from fedtune.rounds.transport import UnsolicitedReply
 from fedtune.runs.context import ModelScores, RunContext
@@ -197,7 +208,26 @@ def client_record(finished: RoundResult, name: str) -> ClientRecord:
         module_importance=measured.module_importance,
         staleness=finished.staleness.get(name, 0),
         discount=finished.discounts.get(name, 1.0),
+        personal=personal_record(outcome.update),
     )
+
+
+def personal_record(update: ClientUpdate) -> PersonalRecord | None:
+    """Return what an update says of the client's personal state; None where it says nothing."""
+    trace = update.result.personal if isinstance(update.result, LoraResult) else None
+    return None if trace is None else PersonalRecord(trace.before.hex(), trace.after.hex())
+
+
+def lost_states(record: RoundRecord, earlier: Sequence[RoundRecord]) -> Sequence[str]:
+    """Return the clients that had stored a model of their own in an earlier round, and had none in this one."""
+    stored = {
+        name for past in earlier for name, client in past.clients.items() if client.personal and client.personal.after
+    }
+    return [
+        name
+        for name, client in record.clients.items()
+        if client.personal and not client.personal.before and name in stored
+    ]
 
 
 def verb_of(planned: PlannedClient, order: Assignment, outcome: Outcome) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ from fedtune.rounds.record import RoundRecord, observations
 from fedtune.rounds.selection import ends_early, kept_record
 from fedtune.rounds.transport import Transport
 from fedtune.runs.context import Door, RunContext, first_state
-from fedtune.runs.recording import record_base, record_round, write_result
+from fedtune.runs.recording import lost_states, record_base, record_round, write_result
 from fedtune.runs.resume import load_resumed, resume_command
 from fedtune.runs.start import first_round, saturation_notes, start_state
 from fedtune.runs.summary import summary
@@ -132,6 +132,9 @@ def recorded_rounds(
     ):
         records.append(record_round(context, run, finished, records))
         keep_best(context, journal, records)
+        if lost := lost_states(records[-1], records[:-1]):
+            missing = "started from the server's values: their personal state of an earlier round is missing"
+            watch(Note(f"round {records[-1].round}: {', '.join(lost)} {missing}"))
         yield records[-1]
         if (left := records[-1].figures.get("rounds_left", FEW_ROUNDS_LEFT + 1)) <= FEW_ROUNDS_LEFT:
             watch(Note(f"sums of 32 bits have room for {left} more rounds in the worst case"))

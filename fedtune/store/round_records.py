@@ -112,6 +112,8 @@ def encode_client(client: ClientRecord) -> Mapping[str, Any]:
     if client.module_importance:
         line["module_importance"] = client.module_importance
     line |= {key: value for key in ("staleness", "discount") if (value := getattr(client, key)) != usual[key]}
+    if client.personal is not None:
+        line["personal"] = asdict(client.personal)
     return line if not client.skipped_steps else line | {"skipped_steps": client.skipped_steps}
 
 

@@ -34,7 +34,7 @@ from fedtune.messages import (
 from fedtune.number_formats import is_quantised
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.tensors import Tensors
-from fedtune.wire import class_sums, descend, probe, seed_updates, settings
+from fedtune.wire import class_sums, descend, personal, probe, seed_updates, settings
 from fedtune.wire import tensors as bodies
 from fedtune.wire.expect import LARGEST, MAX_COUNT, MAX_RANK, expect
 from fedtune.wire.probe import choice
@@ -65,10 +65,10 @@ PLAN_CHOICES: Mapping[str, Mapping[str, int]] = {
 
 COMMON = frozenset(("verb", "method", "plan", "round", "base", "labels", "date"))
 FIELDS: Mapping[int, frozenset[str]] = {
-    pb.ADAPT: COMMON | {"seed", "settings", "down", "local", "surgery"},
+    pb.ADAPT: COMMON | {"seed", "settings", "down", "local", "surgery", "personal"},
     pb.PROBE: COMMON | {"seed", "probe", "down"},
     pb.DESCEND: COMMON | {"seed", "descend", "down"},
-    pb.SCORE: COMMON | {"down", "score"},
+    pb.SCORE: COMMON | {"down", "score", "personal"},
     pb.SUM: COMMON | {"seed", "sum"},
 }
 """The fields of an assignment, by verb."""
@@ -229,6 +229,8 @@ def _write_task(header: pb.Assignment, task: TrainLora) -> None:
         _write_term(header.local, term)
     if task.pruning is not None:
         header.surgery.CopyFrom(_pruning_to(task.pruning))
+    if task.personal is not None:
+        header.personal.CopyFrom(personal.to_message(task.personal))
 
 
 def _write_term(local: pb.LocalAdapter, term: Term) -> None:
@@ -359,6 +361,8 @@ def _lora_from(message: pb.Assignment, decode: Callable[[pb.Blob], Tensors]) -> 
     plain = local.rank_penalty == 0 and local.rank_decay == 1 and local.proximal == 0
     plain = plain and local.preference_beta == 0
     task = TrainLora(local.a_key, terms=() if plain else _terms_from(local), blobs=tensors, **names)
+    if message.HasField("personal"):
+        task = replace(task, personal=personal.from_message(message.personal))
     return replace(task, pruning=_pruning_from(message.surgery)) if message.HasField("surgery") else task
 
 
@@ -420,6 +424,7 @@ def encode_update(update: ClientUpdate) -> bytes:
     header.kept, header.mask = result.structure_digest, result.mask
     number: Any = PLAN_CHOICES["base_dtype"][result.base_dtype]
     header.MergeFrom(pb.ClientUpdate(base_format=number, codes=result.codes))
+    personal.write_trace(header, result.personal)
     parts = {"tensors": result.tensors, "saved": result.saved}
     parts |= {role: part for role in OPTIONAL_PARTS if (part := getattr(result, role))}
     for role, tensors in parts.items():
@@ -490,6 +495,7 @@ def _update(data: memoryview, client: str, limit_bytes: int) -> ClientUpdate:
         mask=header.mask,
         base_dtype=base_format,
         codes=header.codes,
+        personal=personal.read_trace(header),
         **cut,
     )
     most = bodies.MAX_TENSORS

@@ -234,7 +234,7 @@ def test_what_is_prepared_performs_with_the_threads_of_the_order(
 ) -> None:
     found = []
     monkeypatch.setattr(
-        "fedtune.client.worker_process.perform", lambda *arguments, threads, replicas, held_out: found.append(threads)
+        "fedtune.client.worker_process.perform", lambda *arguments, threads, **options: found.append(threads)
     )
     spec, parts = payload(model, ADAPTER, ROWS, root=Path(), seed=0)
     perform = prepare(spec, {name: memoryview(part) for name, part in parts.items()}).make_worker(0)

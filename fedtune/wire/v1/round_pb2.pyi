@@ -80,6 +80,16 @@ class Sampling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     UNIFORM: _ClassVar[Sampling]
     DISTINCT: _ClassVar[Sampling]
     PRO: _ClassVar[Sampling]
+
+class PersonalKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PERSONAL_UNSET: _ClassVar[PersonalKind]
+    DITTO: _ClassVar[PersonalKind]
+    PFEDME: _ClassVar[PersonalKind]
+    FEDREP: _ClassVar[PersonalKind]
+    SHARE_A: _ClassVar[PersonalKind]
+    FEDBN: _ClassVar[PersonalKind]
+    FINETUNE: _ClassVar[PersonalKind]
 VERB_UNSET: Verb
 ADAPT: Verb
 PROBE: Verb
@@ -124,6 +134,13 @@ LOG: SeedForm
 UNIFORM: Sampling
 DISTINCT: Sampling
 PRO: Sampling
+PERSONAL_UNSET: PersonalKind
+DITTO: PersonalKind
+PFEDME: PersonalKind
+FEDREP: PersonalKind
+SHARE_A: PersonalKind
+FEDBN: PersonalKind
+FINETUNE: PersonalKind
 
 class TensorSpec(_message.Message):
     __slots__ = ("name", "dtype", "shape")
@@ -299,6 +316,20 @@ class Surgery(_message.Message):
     whole: bool
     def __init__(self, settings: _Optional[bytes] = ..., stages: _Optional[_Iterable[bytes]] = ..., before: _Optional[bytes] = ..., wanted: bool = ..., moments: bool = ..., whole: bool = ...) -> None: ...
 
+class Personal(_message.Message):
+    __slots__ = ("kind", "keep", "strength", "rate", "steps")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    kind: PersonalKind
+    keep: _containers.RepeatedScalarFieldContainer[str]
+    strength: float
+    rate: float
+    steps: int
+    def __init__(self, kind: _Optional[_Union[PersonalKind, str]] = ..., keep: _Optional[_Iterable[str]] = ..., strength: _Optional[float] = ..., rate: _Optional[float] = ..., steps: _Optional[int] = ...) -> None: ...
+
 class Score(_message.Message):
     __slots__ = ("examples", "batch", "ledger", "trainable", "preference_beta")
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -314,7 +345,7 @@ class Score(_message.Message):
     def __init__(self, examples: _Optional[int] = ..., batch: _Optional[int] = ..., ledger: _Optional[bytes] = ..., trainable: _Optional[_Iterable[int]] = ..., preference_beta: _Optional[float] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base", "probe", "surgery", "labels", "date", "descend", "sum", "score")
+    __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base", "probe", "surgery", "labels", "date", "descend", "sum", "personal", "score")
     VERB_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -330,6 +361,7 @@ class Assignment(_message.Message):
     DATE_FIELD_NUMBER: _ClassVar[int]
     DESCEND_FIELD_NUMBER: _ClassVar[int]
     SUM_FIELD_NUMBER: _ClassVar[int]
+    PERSONAL_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     verb: Verb
     method: str
@@ -346,8 +378,9 @@ class Assignment(_message.Message):
     date: str
     descend: Descend
     sum: Sum
+    personal: Personal
     score: Score
-    def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., surgery: _Optional[_Union[Surgery, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., date: _Optional[str] = ..., descend: _Optional[_Union[Descend, _Mapping]] = ..., sum: _Optional[_Union[Sum, _Mapping]] = ..., score: _Optional[_Union[Score, _Mapping]] = ...) -> None: ...
+    def __init__(self, verb: _Optional[_Union[Verb, str]] = ..., method: _Optional[str] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., seed: _Optional[int] = ..., settings: _Optional[bytes] = ..., down: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., local: _Optional[_Union[LocalAdapter, _Mapping]] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., surgery: _Optional[_Union[Surgery, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., date: _Optional[str] = ..., descend: _Optional[_Union[Descend, _Mapping]] = ..., sum: _Optional[_Union[Sum, _Mapping]] = ..., personal: _Optional[_Union[Personal, _Mapping]] = ..., score: _Optional[_Union[Score, _Mapping]] = ...) -> None: ...
 
 class Measured(_message.Message):
     __slots__ = ("seconds", "peak_bytes", "loss_before", "loss_after", "tokens", "importance", "side_tokens", "skipped_steps", "whole_loss_before", "whole_loss_after", "module_importance", "joules")
@@ -378,7 +411,7 @@ class Measured(_message.Message):
     def __init__(self, seconds: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., loss_before: _Optional[float] = ..., loss_after: _Optional[float] = ..., tokens: _Optional[int] = ..., importance: _Optional[float] = ..., side_tokens: _Optional[int] = ..., skipped_steps: _Optional[int] = ..., whole_loss_before: _Optional[float] = ..., whole_loss_after: _Optional[float] = ..., module_importance: _Optional[_Iterable[float]] = ..., joules: _Optional[float] = ...) -> None: ...
 
 class ClientUpdate(_message.Message):
-    __slots__ = ("examples", "measured", "client", "round", "base", "parts", "deflated_parts", "kept", "mask", "base_format", "codes")
+    __slots__ = ("examples", "measured", "client", "round", "base", "parts", "deflated_parts", "kept", "mask", "base_format", "codes", "personal_before", "personal_after")
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     MEASURED_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
@@ -390,6 +423,8 @@ class ClientUpdate(_message.Message):
     MASK_FIELD_NUMBER: _ClassVar[int]
     BASE_FORMAT_FIELD_NUMBER: _ClassVar[int]
     CODES_FIELD_NUMBER: _ClassVar[int]
+    PERSONAL_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    PERSONAL_AFTER_FIELD_NUMBER: _ClassVar[int]
     examples: int
     measured: Measured
     client: str
@@ -401,7 +436,9 @@ class ClientUpdate(_message.Message):
     mask: bytes
     base_format: BaseFormat
     codes: bytes
-    def __init__(self, examples: _Optional[int] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., deflated_parts: _Optional[bytes] = ..., kept: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., base_format: _Optional[_Union[BaseFormat, str]] = ..., codes: _Optional[bytes] = ...) -> None: ...
+    personal_before: bytes
+    personal_after: bytes
+    def __init__(self, examples: _Optional[int] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., client: _Optional[str] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., deflated_parts: _Optional[bytes] = ..., kept: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., base_format: _Optional[_Union[BaseFormat, str]] = ..., codes: _Optional[bytes] = ..., personal_before: _Optional[bytes] = ..., personal_after: _Optional[bytes] = ...) -> None: ...
 
 class ProbeUpdate(_message.Message):
     __slots__ = ("scalars", "state", "checks", "round", "examples", "skipped", "seconds", "peak_mib", "tokens", "loss_before", "loss_after", "rms", "lost", "joules", "numbers", "shift", "bits", "count", "slopes", "curvatures")
