@@ -321,7 +321,7 @@ def load_site(
         expected, hint = "the model inside the package", "run the app in server/superlink, which ships no code"
         raise ConfigError(Fault("model.base", expected, "Flower's bundle of the package, which holds code alone", hint))
     rows = plugin_rows(data) if data.format == "plugin" and objects.data is None else objects.data
-    given = None if objects.model is None else base_from_object(model, adapter, objects.model)
+    given = None if objects.model is None else base_from_object(model, adapter, objects.model, seed=seed)
     watch(Phase("reading the data, tokenizing"))
     tokenizer = load_tokenizer(model, root) if given is None else given.tokenizer
     encode = partial(

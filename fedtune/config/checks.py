@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeAlias
 
+from fedtune.config.adapter_kinds import adapter_kind_faults
 from fedtune.config.async_checks import buffer_faults, fleet_bound, overlap_faults, trigger_faults
 from fedtune.config.error_text import display, join_words, nearest, quote
 from fedtune.config.personal_checks import personal_faults
@@ -469,6 +470,7 @@ RULES: Sequence[Rule] = (
     torch_device_faults,
     quantised_base_faults,
     target_faults,
+    adapter_kind_faults,
     pooling_faults,
     head_faults,
     rank_faults,

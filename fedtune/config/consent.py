@@ -42,6 +42,7 @@ from fedtune.messages import (
 from fedtune.methods import class_head
 from fedtune.methods.fedkseed_state import FedKSeedState
 from fedtune.methods.personal import with_personal
+from fedtune.model.settings import AdapterSettings
 from fedtune.planning.expgrad import with_arm
 from fedtune.planning.planner import PlanChoices, lora_scale, optimizer_steps, steps_of_share
 from fedtune.planning.verbs import DESCENDING
@@ -269,10 +270,12 @@ def permission_texts(recipe: Recipe, client: str) -> Mapping[str, str]:
     settings, probe = recipe.evaluate, method_of(recipe).task is ProbeSeeds
     rows = "all of its" if settings.client_examples is None else f"at most {settings.client_examples}"
     whole = ", ".join(recipe.adapter.modules_to_save) or "nothing"
+    if recipe.adapter.kind != "lora":
+        whole = virtual_text(recipe.adapter)
     texts = {
         "rounds": f"1 to {allowed.rounds}",
         "work": work,
-        "ranks": "none" if probe else allowed.rank_text,
+        "ranks": "none" if probe or recipe.adapter.kind != "lora" else allowed.rank_text,
         "pruning": allowed.ratio_text,
         "whole": "none" if probe else whole,
         "scores": f"of {rows} held-out rows, after each evaluation" if settings.clients else "never",
@@ -282,7 +285,19 @@ def permission_texts(recipe: Recipe, client: str) -> Mapping[str, str]:
     texts |= {} if probe else arm_texts(allowed.choices)
     if probe:
         return {**texts, "bytes": numbers_sent(recipe)} if descends else texts
+    if recipe.adapter.kind != "lora":
+        return {**texts, "bytes": "the virtual tokens in fp32, and nothing else of the model"}
     return {**texts, "bytes": f"the factors in {number_format(recipe)}; those in full in fp32"}
+
+
+def virtual_text(adapter: AdapterSettings) -> str:
+    """Return in plain words what of virtual tokens trains and is sent."""
+    what = {
+        "prefix": "their keys and values in every layer",
+        "prompt": "their embeddings",
+        "p-tuning": "their embeddings" if adapter.send == "embeddings" else "the encoder of their embeddings",
+    }
+    return f"{adapter.tokens} virtual tokens ({adapter.kind}): {what[adapter.kind]}"
 
 
 def work_text(training: Training, choices: PlanChoices, schedule: Schedule) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias
 
 from fedtune.config.recipe import Recipe, method_of, probing_training
 from fedtune.errors import ShapeError, expected_and_got
+from fedtune.lora.virtual_tokens import are_virtual
 from fedtune.messages import Assignment, DescendSeeds, ProbeSeeds, ScoreRequest, SeedTask, TailRank, Training, TrainLora
 from fedtune.methods.fedkseed_state import MOST_HALVINGS
 from fedtune.number_formats import CODES, FORMATS, SCALE_DTYPE, SCALES, scales_shape
@@ -338,6 +339,9 @@ def calibrate(one: Comparison) -> str:
 
 def order_blobs(one: Comparison) -> str:
     blobs, pruned = dict(one.order.lora.blobs), one.order.lora.pruning is not None
+    kind = one.recipe.adapter.kind
+    if are_virtual(one.profile.foundation.saved) != (kind != "lora"):
+        return f"those of adapter.kind = {kind!r}, which this site's file must name too"
     if fault := moments_fault(blobs.pop("moments", {}), one):
         return fault
     try:

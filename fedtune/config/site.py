@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
@@ -31,14 +31,33 @@ WHOLE: Mapping[str, Any] = {"kind": "iid", "clients": 1}
 class Layers:
     """Which layers get an adapter; the table `adapter` of a site. The server says the rank."""
 
-    targets: Sequence[str]
-    """Module names or their last parts, as in the run's recipe."""
+    targets: Sequence[str] = ()
+    """Module names or their last parts, as in the run's recipe; none where virtual tokens train."""
     modules_to_save: Sequence[str] = ()
     """Modules trained in full beside the adapter, as in the run's recipe."""
+    kind: Literal["lora", "prefix", "p-tuning", "prompt"] = "lora"
+    """Kind of adapter, as in the run's recipe; likewise the keys below."""
+    tokens: Annotated[int, Ge(1)] = AdapterSettings.tokens
+    """Virtual tokens of the kinds prefix, p-tuning and prompt."""
+    hidden: Annotated[int, Ge(1)] | None = None
+    """Width of P-tuning's encoder between its layers; none: that of the base's embeddings."""
+    send: Literal["embeddings", "encoder"] = "embeddings"
+    """What of P-tuning trains and travels."""
+    init_text: str | None = None
+    """A text whose tokens' embeddings a prompt starts from; none: those of tokens drawn by the seed."""
 
     @property
     def settings(self) -> AdapterSettings:
-        return AdapterSettings(rank=1, targets=self.targets, modules_to_save=self.modules_to_save)
+        return AdapterSettings(
+            rank=1,
+            targets=self.targets,
+            modules_to_save=self.modules_to_save,
+            kind=self.kind,
+            tokens=self.tokens,
+            hidden=self.hidden,
+            send=self.send,
+            init_text=self.init_text,
+        )
 
 
 @dataclass(frozen=True)
@@ -105,11 +124,24 @@ def bind_site(path: Path) -> SiteSettings:
     values["name"] = bind_name(table.get("name", stem), faults)
     values["seed"] = bind_value(Annotated[int, Ge(0)], table.get("seed", 0), "seed", faults)
     site = freeze_table(SiteSettings, values, complete=not faults)
-    for rule in (lambda settings: data_faults(settings.data), policy_faults):
+    for rule in (lambda settings: data_faults(settings.data), policy_faults, adapter_faults):
         faults.extend(apply_rule(rule, site))
     if faults:
         raise ConfigError(faults, source=label)
     return site
+
+
+def adapter_faults(site: SiteSettings) -> Iterator[Fault]:
+    """Yield layers that are missing where factors train, and such as are there where virtual tokens do."""
+    if site.adapter is None:
+        return
+    layers = [*site.adapter.targets, *site.adapter.modules_to_save]
+    if site.adapter.kind == "lora" and not site.adapter.targets:
+        yield Fault("adapter.targets", "at least one module", "nothing", 'targets = ["all-linear"] takes all')
+    if site.adapter.kind != "lora" and layers:
+        expected = f"nothing with adapter.kind = {site.adapter.kind!r}, whose virtual tokens belong to no layer"
+        key = "targets" if site.adapter.targets else "modules_to_save"
+        yield Fault(f"adapter.{key}", expected, f"{layers[0]!r}", "leave it out")
 
 
 def names_bundle(table: Mapping[str, Any], root: Path) -> bool:

@@ -29,7 +29,11 @@ class Body:
     parameters: int
     """Of the whole base."""
     saved: int = 0
-    """Numbers of modules_to_save, trained in full and sent in float32."""
+    """Numbers of modules_to_save, trained in full and sent in float32; of virtual tokens."""
+    virtual: int = 0
+    """Virtual tokens of each text that go through all layers, as those of a prompt do."""
+    prefix: int = 0
+    """Virtual tokens that are keys and values of each layer."""
     classifies: bool = False
     """Whether the output is one row per example instead of one per token."""
 
@@ -176,7 +180,12 @@ def flops_per_token(body: Body, size: Sizes, rank: int, work: Work, trained: Tra
     # The factors in training cost 2 forward and 4 backward; the frozen adapter beside them 2 and 2.
     factors = 6.0 * rank if trained is None else 6.0 * factor_numbers(body, size, trained.ranks) / sides
     whole = (4.0 + again) * (block_parameters(layout, size) + head)
-    return whole - left_out + (factors + (2.0 + 2.0 * depth) * work.global_rank) * sides + attention
+    total = whole - left_out + (factors + (2.0 + 2.0 * depth) * work.global_rank) * sides + attention
+    if not (body.virtual or body.prefix):
+        return total
+    # Seen by every token of the text; a prompt's are read beside these, which alone are counted.
+    total += attention * (body.virtual + body.prefix) / work.tokens
+    return total * (1.0 + body.virtual / work.tokens)
 
 
 def forward_flops_per_token(body: Body, tokens: float, bank_rank: int = 0) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import ceil
 from typing import Literal
 
@@ -186,6 +186,8 @@ def memory(body: Body, settings: PruningSettings | None, work: Footprint) -> Mem
 
 def memory_at(known: Rates, body: Body, work: Footprint) -> Memory:
     """Return the same from rates, of which only the batch's rows and lengths are not a part."""
+    if ahead := body.virtual + body.prefix:
+        work = replace(work, longest=work.longest + ahead, mean=work.mean + ahead)
     heap, tokens, loss = work.heap or HEAP[work.device], tokens_of(work), loss_bytes(body, work)
     working = tokens * (known.working + known.working_by_length * work.longest)
     return Memory(
@@ -302,7 +304,9 @@ def activations(body: Body, size: Sizes, work: Footprint) -> tuple[PerToken, Per
     for name in work.ranks:
         place = layout.sides[name][0] if name in layout.sides else block_of(name, layout) or 0
         by_block.setdefault(place, []).append(name)
-    places = range(min(by_block, default=len(layout.blocks)), len(layout.blocks))
+    # The gradient of virtual tokens comes through every block.
+    lowest = 0 if body.virtual or body.prefix else min(by_block, default=len(layout.blocks))
+    places = range(lowest, len(layout.blocks))
     per_block = [block_bytes(body, size, work, by_block.get(place, ())) for place in places]
     if work.checkpointing and per_block:
         # The input of every block, for gradients are asked for from the embeddings on; then one block at a time.

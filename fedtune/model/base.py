@@ -58,6 +58,7 @@ from fedtune.model.settings import (
 )
 from fedtune.model.targets import find_saved, find_targets, frozen_notes
 from fedtune.model.torch_seed import torch_seed
+from fedtune.model.virtual_tokens import VirtualTokens, draw_virtual_tokens
 from fedtune.seeds import derive
 from fedtune.tensors import Array, Tensors
 
@@ -97,6 +98,8 @@ class Base:
     """
     kernels: str = "auto"
     """That read quantised weights, as the recipe says."""
+    virtual: VirtualTokens | None = None
+    """What trains in place of factors, with adapter.kind prefix, p-tuning or prompt; `saved` then names its tensors."""
 
     @property
     def positions(self) -> int:
@@ -104,11 +107,15 @@ class Base:
         # transformers gives a tokenizer without a limit one of 1e30, which no range or tensor can have.
         named = table_positions(self.model) or getattr(self.model.config, "max_position_embeddings", None) or 0
         # Some models without a limit, such as XLNet, name one of -1.
-        return min(named if named > 0 else 2**31, int(getattr(self.tokenizer, "model_max_length", None) or 2**31))
+        limit = min(named if named > 0 else 2**31, int(getattr(self.tokenizer, "model_max_length", None) or 2**31))
+        # Virtual tokens take places of their own before a text.
+        return limit - (self.virtual.count if self.virtual else 0)
 
     @property
     def transposed(self) -> bool:
         """Whether the checkpoint holds the adapted layers' weights as (in, out), as GPT-2's does."""
+        if not self.modules:  # virtual tokens belong to no layer
+            return False
         layer = self.model.get_submodule(next(iter(self.modules)))
         return isinstance(layer, Conv1D) or (isinstance(layer, QuantisedLinear) and layer.transposed)
 
@@ -157,7 +164,7 @@ class Base:
     @cached_property
     def packs(self) -> bool:
         """Whether examples may share a row (`client.packing`); read it before adapters are attached."""
-        return self.task == "causal" and packs(self.model, self.positions)
+        return self.task == "causal" and self.virtual is None and packs(self.model, self.positions)
 
     @property
     def matrices(self) -> Collection[str]:
@@ -176,7 +183,9 @@ class Base:
         )
 
     def saved_tensors(self) -> Tensors:
-        """Return the current values of modules_to_save, float32; zeros of a base without weights."""
+        """Return the current values of modules_to_save, or the first virtual tokens, float32; zeros without weights."""
+        if self.virtual:
+            return self.virtual.initial
         parameters = dict(self.model.named_parameters())
         return {
             name: np.zeros(parameters[name].shape, np.float32)
@@ -247,7 +256,16 @@ def load(
     came = classifies and not {name for name in given if name.startswith(output_layer(model))}
     notes = [classes.note] if came and classes.note else []
     base = base_of(
-        settings, adapter, model, tokenizer, path=str(path), new=new, notes=notes, streamed=streamed, pooling=pooling
+        settings,
+        adapter,
+        model,
+        tokenizer,
+        path=str(path),
+        new=new,
+        notes=notes,
+        streamed=streamed,
+        pooling=pooling,
+        seed=seed,
     )
     if not classifies:
         check_causal(settings, base.model, base.positions)
@@ -305,6 +323,7 @@ def base_of(
     notes: Sequence[str] = (),
     streamed: Streamed | None = None,
     pooling: Kind | None = None,
+    seed: int = 0,
 ) -> Base:
     """Return a loaded model as a base: frozen, in eval mode, quantised, on the recipe's device; all of that in place.
 
@@ -318,6 +337,7 @@ def base_of(
         notes: what a user should know about it.
         streamed: what is known of a model that was quantised as it was read.
         pooling: of a classifier, where that is not its architecture's own.
+        seed: the run's; virtual tokens are drawn from it.
 
     Raises:
         ConfigError: if the device or a target module does not exist, or no layer can be quantised.
@@ -343,8 +363,9 @@ def base_of(
     layers = resolve_layers(
         adapter.layers, path, blocks=block_numbers(model), dtype=without_quantisation(settings).dtype, digest=raw_digest
     )
-    modules = find_targets(model, adapter.targets, leave_out=saved_modules, rank=adapter.rank, layers=layers)
-    if "all-linear" in adapter.targets:
+    virtual = draw_virtual_tokens(adapter, model, tokenizer, seed=seed)
+    modules = {} if virtual else targets_of(adapter, model, saved_modules, layers)
+    if modules and "all-linear" in adapter.targets:
         notes = [*notes, *frozen_notes(model, modules, leave_out=saved_modules, layers=layers)]
     notes = [*notes, *middle_notes(path, [*modules, *saved_modules])]
     return Base(
@@ -357,15 +378,26 @@ def base_of(
         digest=base_digest,
         modules=modules,
         saved_modules=saved_modules,
-        saved=sorted(
-            name for name, _ in model.named_parameters() if any(name.startswith(f"{m}.") for m in saved_modules)
-        ),
+        saved=sorted(virtual.initial) if virtual else parameters_of(model, saved_modules),
         notes=tuple(notes),
         dtype=settings.dtype,
         fused=settings.task == "causal" and projects_plainly(model),
         quantised=None if entries is None else lambda: entries,
         kernels=settings.kernels,
+        virtual=virtual,
     )
+
+
+def targets_of(
+    adapter: AdapterSettings, model: Any, saved_modules: Sequence[str], layers: str | None
+) -> Mapping[str, tuple[int, int]]:
+    """Return (out, in) of the modules that get factors, by full name; see `targets.find_targets`."""
+    return find_targets(model, adapter.targets, leave_out=saved_modules, rank=adapter.rank, layers=layers)
+
+
+def parameters_of(model: Any, modules: Sequence[str]) -> Sequence[str]:
+    """Return the names of the parameters of some modules, sorted."""
+    return sorted(name for name, _ in model.named_parameters() if any(name.startswith(f"{m}.") for m in modules))
 
 
 def quantise_model(
@@ -382,26 +414,28 @@ def quantise_model(
     return entries
 
 
-def base_from_object(settings: ModelSettings, adapter: AdapterSettings, given: Any) -> Base:
+def base_from_object(settings: ModelSettings, adapter: AdapterSettings, given: Any, *, seed: int = 0) -> Base:
     """Return the base that Python code gives: a `Base`, or a transformers model and its tokenizer.
 
     Raises:
         ConfigError: if it is neither, or does not fit the recipe's tables `model` and `adapter`.
     """
     if isinstance(given, Base):
-        saved = given.saved_modules
         layers = resolve_layers(adapter.layers, given.path, blocks=block_numbers(given.model))
-        targets = find_targets(given.model, adapter.targets, leave_out=saved, rank=adapter.rank, layers=layers)
-        if given.task != settings.task or given.modules != targets:
-            expected = f"a base for the task {settings.task!r} that adapts {len(targets)} modules, as the recipe says"
-            got = f"one for {given.task!r} that adapts {len(given.modules)}"
+        virtual = draw_virtual_tokens(adapter, given.model, given.tokenizer, seed=seed)
+        targets = {} if virtual else targets_of(adapter, given.model, given.saved_modules, layers)
+        wanted_text, own_text = describe_trained(targets, virtual), describe_trained(given.modules, given.virtual)
+        if given.task != settings.task or given.modules != targets or wanted_text != own_text:
+            expected = f"a base for the task {settings.task!r} that adapts {wanted_text}, as the recipe says"
+            got = f"one for {given.task!r} that adapts {own_text}"
             raise ConfigError(Fault("model", expected, got, "pass the model and its tokenizer instead"))
         if (wanted := quantised_format(settings.dtype)) != quantised_format(given.dtype) and settings.dtype != "auto":
             hint = f"set model.dtype to it, or load a base in {settings.dtype}"
             raise ConfigError(
                 Fault("model.dtype", f"a base in {wanted or settings.dtype}", f"one in {given.dtype}", hint)
             )
-        return given
+        # Drawn from this run's seed, not from that of the run that it was loaded for.
+        return replace(given, virtual=virtual) if virtual else given
     if not isinstance(given, tuple) or len(given) != 2 or not isinstance(given[0], nn.Module):
         expected = "a fedtune.model.base.Base, or a pair of a transformers model and its tokenizer"
         raise ConfigError(Fault("model", expected, type_of(given)))
@@ -420,9 +454,18 @@ def base_from_object(settings: ModelSettings, adapter: AdapterSettings, given: A
     pooling = choose_pooling(settings, model.config, None)
     if quantised_format(settings.dtype) or pooling:
         model = shared_copy(model)  # the caller's own keeps its layers, for another run
-    base = base_of(settings, adapter, model, tokenizer, path=model.name_or_path or settings.base, pooling=pooling)
+    path = model.name_or_path or settings.base
+    base = base_of(settings, adapter, model, tokenizer, path=path, pooling=pooling, seed=seed)
     check_digest(settings, base)
     return base
+
+
+def describe_trained(modules: Mapping[str, tuple[int, int]], virtual: VirtualTokens | None) -> str:
+    """Return in words what trains over a base."""
+    if virtual is None:
+        return f"{len(modules)} modules"
+    numbers = sum(array.size for array in virtual.initial.values())
+    return f"{virtual.count} virtual tokens of the kind {virtual.kind!r} ({numbers:,} numbers)"
 
 
 def hold_in_float32(module: nn.Module, outside: torch.dtype) -> None:

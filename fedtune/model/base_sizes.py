@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fedtune.errors import ConfigError
-from fedtune.model.base import LOAD_ERRORS, Base
+from fedtune.model.base import LOAD_ERRORS, Base, parameters_of, targets_of
 from fedtune.model.base_config import auto_class, read_config
 from fedtune.model.base_files import check_folder, locate, not_found, readable
 from fedtune.model.blocks import block_numbers
@@ -23,7 +23,8 @@ from fedtune.model.load_checks import embedding_rows, padding_token
 from fedtune.model.pooling import choose_pooling, set_pooling
 from fedtune.model.settings import AdapterSettings, ModelSettings, without_quantisation
 from fedtune.model.surgery import layout_of
-from fedtune.model.targets import find_saved, find_targets
+from fedtune.model.targets import find_saved
+from fedtune.model.virtual_tokens import draw_virtual_tokens
 
 
 def sized_base(
@@ -62,6 +63,7 @@ def sized_base(
     for name in saved_modules:
         model.get_submodule(name).float()
     layers = resolve_layers(adapter.layers, path, blocks=block_numbers(model))
+    virtual = draw_virtual_tokens(adapter, model, tokenizer, seed=seed)
     known = False
     with suppress(ConfigError):  # another family: whether its logits are plain products cannot be asked here
         known = bool(layout_of(model).blocks)
@@ -73,13 +75,12 @@ def sized_base(
         task=settings.task,
         device=torch.device("cpu"),
         digest="",
-        modules=find_targets(model, adapter.targets, leave_out=saved_modules, rank=adapter.rank, layers=layers),
+        modules={} if virtual else targets_of(adapter, model, saved_modules, layers),
         saved_modules=saved_modules,
-        saved=sorted(
-            name for name, _ in model.named_parameters() if any(name.startswith(f"{m}.") for m in saved_modules)
-        ),
+        saved=sorted(virtual.initial) if virtual else parameters_of(model, saved_modules),
         dtype=settings.dtype,
         fused=settings.task == "causal" and known,
+        virtual=virtual,
     )
 
 

@@ -26,6 +26,7 @@ from fedtune.model.frozen import (
     restore,
 )
 from fedtune.model.lora_layer import FrozenParts, LoraLayer, Trainable
+from fedtune.model.virtual_tokens import with_virtual_tokens
 from fedtune.pruning.structure import LayerSlice, slice_factors
 from fedtune.tensors import Array, Tensors
 
@@ -74,7 +75,10 @@ def with_adapters(
                 for name, factors in (local or {}).items()
             }
             stack.enter_context(with_layers(model, trainable, parts))
-            if saved:
+            if saved and base.virtual:
+                virtual = with_virtual_tokens(model, base.virtual, saved, trainable=local is not None)
+                stack.enter_context(virtual)
+            elif saved:
                 stack.enter_context(with_saved(base, saved, trainable=local is not None))
             yield model
     finally:
@@ -156,6 +160,7 @@ def nonzero(change: FrozenChange) -> Any:
 def check_shapes(base: Base, changes: Sequence[FrozenChange], saved: Tensors) -> None:
     """Raise ShapeError unless every module and parameter is in the base, in this shape."""
     own = {name: tuple(parameter.shape) for name, parameter in base.model.named_parameters()} | dict(base.modules)
+    own |= {name: array.shape for name, array in base.saved_tensors().items()} if base.virtual else {}
     shapes = [(name, part.shape) for change in changes for name, part in change.items()]
     for name, shape in [*shapes, *((name, array.shape) for name, array in saved.items())]:
         if shape != own.get(name):

@@ -92,8 +92,19 @@ class AdapterSettings:
     layers: str | None = field(default=None, metadata=OMIT_DEFAULT)
     """Only these layers (blocks) of the model, by their numbers from 0, such as "8-15" or "0-3, 28"; ends: the first
     and last blocks of an emulator, as its emulator.json names them; none: all of them."""
-    kind: Literal["lora"] = "lora"
-    """Kind of adapter; there is only LoRA."""
+    kind: Literal["lora", "prefix", "p-tuning", "prompt"] = "lora"
+    """Kind of adapter. lora: two factors beside each target. The others put virtual tokens before every text of a
+    causal model, and train these alone. prefix: keys and values in every layer; prompt: embeddings; p-tuning:
+    embeddings that an encoder of three layers gives."""
+    tokens: Annotated[int, Ge(1)] = field(default=20, metadata=OMIT_DEFAULT)
+    """Virtual tokens of the kinds prefix, p-tuning and prompt."""
+    hidden: Annotated[int, Ge(1)] | None = field(default=None, metadata=OMIT_DEFAULT)
+    """Width of P-tuning's encoder between its layers; none: that of the base's embeddings."""
+    send: Literal["embeddings", "encoder"] = field(default="embeddings", metadata=OMIT_DEFAULT)
+    """What of P-tuning trains and travels. embeddings: the encoder, drawn from the seed, only gives the first
+    embeddings, which then train as a prompt's do; encoder: its layers and what they read, which is far larger."""
+    init_text: str | None = field(default=None, metadata=OMIT_DEFAULT)
+    """A text whose tokens' embeddings a prompt starts from, over and over; none: those of tokens drawn by the seed."""
     alpha: Annotated[float, Gt(0)] | Literal["2r"] = "2r"
     """The adapter is scaled by alpha / rank; 2r is twice the client's rank, which keeps the scale at 2 whatever the
     rank."""

@@ -10,12 +10,14 @@ from typing import Any
 from fedtune.config import Recipe
 from fedtune.config.recipe import largest_rank, method_type_of
 from fedtune.errors import ConfigError, Fault
+from fedtune.lora.virtual_tokens import are_virtual, num_layers, own_names
 from fedtune.messages import Blueprint
 from fedtune.methods import with_settings
 from fedtune.methods.method import LinearMethod
 from fedtune.planning.arms import AdaptiveSettings
 from fedtune.pruning.ranking import multiple_of
 from fedtune.store import result
+from fedtune.tensors import Tensors
 
 
 def check_ranks(recipe: Recipe, modules: Mapping[str, tuple[int, int]]) -> None:
@@ -24,6 +26,8 @@ def check_ranks(recipe: Recipe, modules: Mapping[str, tuple[int, int]]) -> None:
     Raises:
         ConfigError: naming the smallest layer.
     """
+    if not modules:  # virtual tokens have no rank
+        return
     module, shape = min(modules.items(), key=lambda item: min(item[1]))
     if (rank := largest_rank(recipe)) > min(shape):
         raise ConfigError(
@@ -34,6 +38,20 @@ def check_ranks(recipe: Recipe, modules: Mapping[str, tuple[int, int]]) -> None:
                 hint="lower the rank, or name the layers in adapter.targets without that one",
             )
         )
+
+
+def check_kind(recipe: Recipe, saved: Tensors) -> None:
+    """Refuse clients that train another kind of adapter than the recipe says.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    kind, own = recipe.adapter.kind, own_names(saved) if are_virtual(saved) else {}
+    prefix = num_layers(own) > 0
+    if bool(own) != (kind != "lora") or (own and prefix != (kind == "prefix")):
+        got = "factors" if not own else "keys and values" if prefix else "embeddings"
+        hint = "set the same adapter.kind in the recipe and in the sites' files"
+        raise ConfigError(Fault("adapter.kind", "clients that train what the recipe says", f"{got}, not {kind}", hint))
 
 
 def check_pruning(blueprint: Blueprint) -> None:

@@ -13,6 +13,7 @@ from fedtune.config.recipe import PYTHON, missing_object
 from fedtune.data.settings import DataSettings, Form, Split
 from fedtune.data.templates import Message, template_of
 from fedtune.errors import ConfigError, Fault
+from fedtune.lora.virtual_tokens import are_virtual, has_encoder, num_layers, own_names
 from fedtune.methods.method import GlobalModel
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.rounds.events import Note, Phase, Watch
@@ -21,6 +22,7 @@ from fedtune.runs.context import bind_to_score
 from fedtune.runs.export import open_run
 from fedtune.store import result
 from fedtune.store.peft_import import read_adapter
+from fedtune.tensors import Tensors
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
@@ -91,11 +93,25 @@ def speaker_of_adapter(folder: Path, base: str | None, watch: Watch) -> Speaker:
     if not name:
         raise ConfigError(Fault("--base", "the adapter's base, which its configuration does not name", "nothing"))
     targets, saved = list(read.adapter), read.target.saved_modules
-    adapter = AdapterSettings(rank=read.rank, targets=targets, modules_to_save=saved)
+    if are_virtual(read.saved):
+        adapter = kind_of(read.saved)
+    else:
+        adapter = AdapterSettings(rank=read.rank, targets=targets, modules_to_save=saved)
     model = ModelSettings(base=name, revision=None if base else read.target.revision)
     loaded = load_base(model, adapter, Path(), 0, watch)
     data = DataSettings(source="", split=Split(kind="iid", clients=1))
     return Speaker(loaded, GlobalModel(read.adapter, read.saved), data, "instruction", model.threads)
+
+
+def kind_of(saved: Tensors) -> AdapterSettings:
+    """Return the settings of a run whose virtual tokens have these names and shapes."""
+    own = own_names(saved)
+    if num_layers(own):
+        return AdapterSettings(kind="prefix", tokens=len(own["layers.0.key"]))
+    tokens = len(own["embedding"])
+    if has_encoder(own):
+        return AdapterSettings(kind="p-tuning", tokens=tokens, hidden=len(own["encoder.0.bias"]), send="encoder")
+    return AdapterSettings(kind="prompt", tokens=tokens)
 
 
 def check_task(task: str, source: Path) -> None:

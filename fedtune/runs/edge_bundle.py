@@ -136,9 +136,9 @@ def read_source(source: str | Path) -> Source:
         model, adapter, root, seed = recipe.model, sized_adapter(recipe), recipe.root, recipe.seed
     else:
         model = ModelSettings(base=str(source))
-    if model.task != "causal" or adapter.modules_to_save:
-        expected = "a causal base without adapter.modules_to_save for devices"
-        got = f"{model.task}, modules_to_save = {list(adapter.modules_to_save)}"
+    if model.task != "causal" or adapter.modules_to_save or adapter.kind != "lora":
+        expected = "a causal base without adapter.modules_to_save, and adapter.kind = 'lora', for devices"
+        got = f"{model.task}, modules_to_save = {list(adapter.modules_to_save)}, kind = {adapter.kind!r}"
         raise ConfigError(Fault("model.task", expected, got, "let its sites run clients with torch"))
     return Source(replace(same_everywhere(without_quantisation(model)), device="cpu"), adapter, root, seed)
 

@@ -15,6 +15,7 @@ from fedtune.config.tables import bind_table
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.lora.adapter import Adapter, Factors
 from fedtune.lora.lowrank import compress, truncate
+from fedtune.lora.virtual_tokens import are_virtual
 from fedtune.methods.method import GlobalModel, SeedModel
 from fedtune.methods.settings import LinearSettings
 from fedtune.model.settings import ModelSettings, without_quantisation
@@ -89,6 +90,8 @@ def export(
         expected = "a run of a method that moves all weights (fedkseed)"
         raise ConfigError(Fault("form", expected, f"'ledger' of a run of {origin.get('method')!r}", "choose peft"))
     adapter, saved = tuned.adapter, tuned.saved
+    if are_virtual(saved):
+        refuse_form(form, max_rank)
     if max_rank is not None:
         adapter = truncate_adapter(adapter, max_rank, watch)
     if form == "merged":
@@ -96,6 +99,19 @@ def export(
     if form == "uniform":
         adapter = pad(adapter)
     return peft.write(target, adapter, saved, peft.read_target(path / result.ADAPTER), origin)
+
+
+def refuse_form(form: str, max_rank: int | None) -> None:
+    """Refuse to write virtual tokens as what they are not.
+
+    Raises:
+        ConfigError: naming the form that they have.
+    """
+    why = "virtual tokens are read before a text, and no change of the base's weights"
+    if form != "peft":
+        raise ConfigError(Fault("form", f"'peft': {why}", repr(form), "write them with --form peft"))
+    if max_rank is not None:
+        raise ConfigError(Fault("max_rank", f"none: {why}", str(max_rank), "leave it out"))
 
 
 def sources(run: Path) -> Mapping[str, Any]:

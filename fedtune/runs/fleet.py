@@ -620,6 +620,7 @@ def with_overrides(start: DeviceProfile, fields: Mapping[str, Any], place: int) 
 
 def body_of(recipe: Recipe, blueprint: Blueprint, parameters: int) -> Body | None:
     """Return the sizes from which a base's costs follow; None for a base without a cost model."""
+    adapter = recipe.adapter
     if blueprint.anatomy is None:
         return None
     return Body(
@@ -628,4 +629,6 @@ def body_of(recipe: Recipe, blueprint: Blueprint, parameters: int) -> Body | Non
         parameters=parameters,
         saved=sum(array.size for array in blueprint.saved.values()),
         classifies=recipe.model.task == "classification",
+        virtual=adapter.tokens if adapter.kind in ("p-tuning", "prompt") else 0,
+        prefix=adapter.tokens if adapter.kind == "prefix" else 0,
     )

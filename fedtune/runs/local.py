@@ -346,7 +346,7 @@ def run_context(experiment: Experiment) -> RunContext:
             *experiment.federation.notes,
             *base.notes,
             *([start.remark] if start and start.remark else []),
-            *apart_notes(recipe, base.device.type, saved=base.saved_modules),
+            *apart_notes(recipe, base.device.type, saved=base.saved_modules or base.saved),
         ],
         score=partial(score, experiment),
         sample=partial(sample, experiment),

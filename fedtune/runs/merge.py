@@ -13,6 +13,7 @@ import numpy as np
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.lora.adapter import Adapter, stack
 from fedtune.lora.lowrank import LowRank, compress, truncate
+from fedtune.lora.virtual_tokens import are_virtual
 from fedtune.store import peft
 from fedtune.store.peft_import import ForeignAdapter, read_adapter, same_base
 from fedtune.tensors import Tensors
@@ -67,6 +68,10 @@ def merge(
         read = [
             replace(source, target=replace(source.target, base=base, revision=None), base_digest="") for source in read
         ]
+    if virtual := next((source for source in read if are_virtual(source.saved)), None):
+        expected = "adapters of factors: the sum of virtual tokens is not read as both of them would be"
+        got = f"{virtual.path}, of virtual tokens"
+        raise ConfigError(Fault("adapters", expected, got, "leave it out, or train on with adapter.start"))
     if faults := [*same_base(read), *shape_faults(read)]:
         raise ConfigError(faults)
     saved = common_saved(read)

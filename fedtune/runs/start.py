@@ -11,6 +11,7 @@ from fedtune.config.recipe import method_of, planned_training
 from fedtune.devices.cost import BYTES
 from fedtune.errors import ConfigError, Fault, ShapeError
 from fedtune.lora.adapter import pack
+from fedtune.lora.virtual_tokens import are_virtual
 from fedtune.messages import Blueprint
 from fedtune.methods.class_head import head_round
 from fedtune.methods.flora import FloraSettings, is_bounded
@@ -21,7 +22,7 @@ from fedtune.planning.arms import AdaptiveSettings
 from fedtune.rounds.schedule import cohort_size
 from fedtune.runs.context import first_state
 from fedtune.store.peft_import import ForeignAdapter, read_adapter
-from fedtune.tensors import count_not_finite
+from fedtune.tensors import Tensors, count_not_finite
 
 
 def start_state(recipe: Recipe, blueprint: Blueprint) -> Any:
@@ -62,6 +63,8 @@ def start_adapter(recipe: Recipe) -> ForeignAdapter | None:
 
 def check_fit(start: ForeignAdapter, blueprint: Blueprint) -> None:
     """Refuse an adapter of layers that the run does not train, or that have other sizes in its base."""
+    if are_virtual(start.saved) or are_virtual(blueprint.saved):
+        check_virtual(start, blueprint)
     faults = []
     for name, factors in start.adapter.items():
         if name not in blueprint.modules:
@@ -82,6 +85,21 @@ def check_fit(start: ForeignAdapter, blueprint: Blueprint) -> None:
             faults.append(Fault("adapter.start", expected, f"{array.shape} in {start.path}"))
     if faults:
         raise ConfigError(faults[:3])  # one layer that does not fit seldom stays alone
+
+
+def check_virtual(start: ForeignAdapter, blueprint: Blueprint) -> None:
+    """Refuse virtual tokens where others train: of another kind, or of P-tuning without the encoder that trains."""
+    came, trained = ((outline(saved) if are_virtual(saved) else "factors") for saved in (start.saved, blueprint.saved))
+    if came != trained:
+        hint = "set adapter.kind, tokens and send to those of the run that wrote it"
+        expected = f"an adapter of what the recipe trains: {trained}"
+        raise ConfigError(Fault("adapter.start", expected, f"{came} in {start.path}", hint))
+
+
+def outline(saved: Tensors) -> str:
+    """Return the names and shapes of virtual tokens in words."""
+    shapes = [f"{name} {tuple(array.shape)}" for name, array in sorted(saved.items())]
+    return ", ".join(shapes) if len(shapes) < 8 else f"{', '.join(shapes[:2])} and {len(shapes) - 2} more"
 
 
 def check_start_base(start: ForeignAdapter | None, digest: str) -> None:

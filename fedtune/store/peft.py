@@ -13,9 +13,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
-from fedtune.errors import StoreError
+from fedtune.errors import ShapeError, StoreError
 from fedtune.lora.adapter import Adapter, Factors, pack
-from fedtune.store import manifest
+from fedtune.lora.virtual_tokens import are_virtual
+from fedtune.store import manifest, peft_prompt
 from fedtune.store.files import fill, new_folder, store_errors
 from fedtune.tensors import Array, Tensors
 from fedtune.tensors import digest as tensors_digest
@@ -39,8 +40,19 @@ class Target:
     saved_modules: Sequence[str]
 
 
-def config(adapter: Adapter, target: Target) -> Mapping[str, Any]:
-    """Return adapter_config.json: r = alpha everywhere, so that PEFT's scale is 1 for every layer.
+def config(adapter: Adapter, saved: Tensors, target: Target) -> Mapping[str, Any]:
+    """Return adapter_config.json of factors, or of virtual tokens."""
+    about = {
+        "task_type": "SEQ_CLS" if target.task == "classification" else "CAUSAL_LM",
+        "base_model_name_or_path": target.base,
+        "revision": target.revision,
+    }
+    own = peft_prompt.config(saved) if are_virtual(saved) else factors_config(adapter, target)
+    return {"peft_type": own["peft_type"], **about, **own}
+
+
+def factors_config(adapter: Adapter, target: Target) -> Mapping[str, Any]:
+    """Return what it says of factors: r = alpha everywhere, so that PEFT's scale is 1 for every layer.
 
     Both patterns carry the same ranks: without alpha_pattern PEFT would scale each layer by r / its own rank.
     """
@@ -50,9 +62,6 @@ def config(adapter: Adapter, target: Target) -> Mapping[str, Any]:
     pattern = {re.escape(name): rank for name, rank in ranks.items() if rank != largest}
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if target.task == "classification" else "CAUSAL_LM",
-        "base_model_name_or_path": target.base,
-        "revision": target.revision,
         "r": largest,
         "lora_alpha": largest,
         "rank_pattern": pattern,
@@ -82,6 +91,10 @@ def put(folder: Path, adapter: Adapter, saved: Tensors, target: Target) -> None:
 
     A module of rank 0 is left out, of the targets too; an adapter that changes nothing keeps its modules at rank 1.
     """
+    if are_virtual(saved):
+        peft_prompt.put(folder, WEIGHTS, saved)
+        fill(folder / CONFIG, (json.dumps(config({}, saved, target), indent=1) + "\n").encode())
+        return
     written = {name: factors for name, factors in adapter.items() if factors.rank > 0}
     if not written:  # PEFT loads no adapter without modules
         written = {name: Factors(a=zeros((1, f.shape[1])), b=zeros((f.shape[0], 1))) for name, f in adapter.items()}
@@ -90,7 +103,7 @@ def put(folder: Path, adapter: Adapter, saved: Tensors, target: Target) -> None:
         tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(factors.a, np.float32)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(factors.b, np.float32)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    fill(folder / CONFIG, (json.dumps(config(written, target), indent=1) + "\n").encode())
+    fill(folder / CONFIG, (json.dumps(config(written, saved, target), indent=1) + "\n").encode())
 
 
 def zeros(shape: tuple[int, int]) -> Array:
@@ -110,11 +123,15 @@ def read(path: Path) -> tuple[Adapter, Tensors, Mapping[str, Any]]:
     opened = manifest.open_folder(path)
     data = opened.read(WEIGHTS)
     # Not read here, but by other programs and by the next export: an adapter is whole or refused.
-    opened.check([CONFIG])
-    try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{weights}: expected tensors in safetensors; {error}; {manifest.ADVICE}") from error
+    settings = manifest.json_object(opened.read(CONFIG), path / CONFIG)
+    tensors = parse(data, weights)
+    if settings.get("peft_type") in peft_prompt.TYPES:
+        beside = path / peft_prompt.ENCODER
+        encoder = parse(opened.read(peft_prompt.ENCODER), beside) if beside.is_file() else {}
+        try:
+            return {}, peft_prompt.virtual_tokens(settings, tensors, encoder), opened.facts
+        except ShapeError as error:
+            raise StoreError(f"{path}: {error}; {manifest.ADVICE}") from error
     sides: dict[str, dict[str, Array]] = {}
     saved: dict[str, Array] = {}
     for key, array in tensors.items():
@@ -127,6 +144,15 @@ def read(path: Path) -> tuple[Adapter, Tensors, Mapping[str, Any]]:
     if torn:
         raise StoreError(f"{weights}: expected both factors of every module; {torn[0]} has only one")
     return {name: Factors(**pair) for name, pair in sorted(sides.items())}, saved, opened.facts
+
+
+def parse(data: bytes, path: Path) -> dict[str, Array]:
+    """Return the tensors in a file of safetensors."""
+    try:
+        tensors: dict[str, Array] = load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path}: expected tensors in safetensors; {error}; {manifest.ADVICE}") from error
+    return tensors
 
 
 def digest(path: Path) -> str:
@@ -155,6 +181,6 @@ def target_of(settings: Mapping[str, Any]) -> Target:
         base=settings["base_model_name_or_path"],
         revision=settings["revision"],
         task="classification" if settings["task_type"] == "SEQ_CLS" else "causal",
-        fan_in_fan_out=settings["fan_in_fan_out"],
+        fan_in_fan_out=settings["peft_type"] not in peft_prompt.TYPES and settings["fan_in_fan_out"],
         saved_modules=settings["modules_to_save"] or (),
     )

@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
-from fedtune.errors import ConfigError, Fault, type_of
+from fedtune.errors import ConfigError, Fault, ShapeError, type_of
 from fedtune.lora.adapter import Adapter, Factors, pack
-from fedtune.store import manifest
+from fedtune.store import manifest, peft_prompt
 from fedtune.store.manifest import ResultFolder
 from fedtune.store.peft import CONFIG, PREFIX, WEIGHTS, Target
 from fedtune.tensors import Array, Tensors
@@ -38,7 +38,7 @@ class ForeignAdapter:
     adapter: Adapter
     """Of scale 1, float32."""
     saved: Tensors
-    """modules_to_save, by parameter name, float32."""
+    """modules_to_save, or virtual tokens, by parameter name, float32."""
     target: Target
     base_digest: str
     """Of the base, where fedtune wrote the adapter; else empty."""
@@ -54,8 +54,8 @@ class ForeignAdapter:
 
     @property
     def rank(self) -> int:
-        """The largest of its modules' ranks."""
-        return max(factors.rank for factors in self.adapter.values())
+        """The largest of its modules' ranks; 0 of virtual tokens."""
+        return max((factors.rank for factors in self.adapter.values()), default=0)
 
 
 def read_adapter(path: Path) -> ForeignAdapter:
@@ -77,10 +77,32 @@ def read_adapter(path: Path) -> ForeignAdapter:
     config = parse_config(opened.read(CONFIG), folder)
     if faults := list(config_faults(config, folder)):
         raise ConfigError(faults)
-    adapter, saved = split(parse_tensors(opened.read(WEIGHTS), folder), config, folder)
+    tensors = parse_tensors(opened.read(WEIGHTS), folder)
+    if config["peft_type"] in peft_prompt.TYPES:
+        adapter: Adapter = {}
+        saved = read_virtual(opened, config, tensors)
+    else:
+        adapter, saved = split(tensors, config, folder)
     remark = opened.remark if ours else ""
     base = base_digest(opened.facts)
     return ForeignAdapter(folder, adapter, saved, target_of(config), base, opened.digest, remark)
+
+
+def read_virtual(opened: ResultFolder, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Return the virtual tokens of a folder, with their encoder where fedtune wrote one.
+
+    Raises:
+        ConfigError: if its tensors are not those that the configuration describes.
+    """
+    encoder: Tensors = {}
+    if opened.facts and (opened.path / peft_prompt.ENCODER).is_file():
+        encoder = parse_tensors(opened.read(peft_prompt.ENCODER), opened.path)
+    try:
+        return peft_prompt.virtual_tokens(config, tensors, encoder)
+    except ShapeError as error:
+        key, _, text = str(error).partition(": expected ")
+        expected, _, got = text.partition("; got ")
+        raise ConfigError(Fault(f"{opened.path}: {key}", expected, got)) from error
 
 
 def check_files(folder: Path) -> None:
@@ -108,8 +130,19 @@ def parse_config(data: bytes, folder: Path) -> Mapping[str, Any]:
 def config_faults(config: Mapping[str, Any], folder: Path) -> Iterator[Fault]:
     """Yield why an adapter is more, or other, than a product of two factors over the base as it is."""
     where = str(folder)
-    if config.get("peft_type") != "LORA":
-        yield Fault(where, "an adapter of peft_type LORA", repr(config.get("peft_type")))
+    kind = config.get("peft_type")
+    if kind in peft_prompt.TYPES:
+        if config.get("task_type") not in (None, "CAUSAL_LM"):
+            yield Fault(where, "task_type CAUSAL_LM of virtual tokens", repr(config["task_type"]))
+        if config.get("modules_to_save"):
+            yield Fault(where, "virtual tokens alone", f"modules_to_save = {config['modules_to_save']!r}")
+        if config.get("num_transformer_submodules") not in (None, 1):
+            got = f"num_transformer_submodules = {config['num_transformer_submodules']!r}"
+            yield Fault(where, "virtual tokens of one decoder", got)
+        yield from type_faults(config, where)
+        return
+    if kind != "LORA":
+        yield Fault(where, f"an adapter of peft_type LORA, {', '.join(peft_prompt.TYPES)}", repr(kind)[:100])
         return
     if type(config.get("r")) is not int or not is_number(config.get("lora_alpha")):
         yield Fault(where, "r and lora_alpha as numbers", f"{config.get('r')!r} and {config.get('lora_alpha')!r}")

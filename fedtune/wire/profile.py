@@ -9,6 +9,7 @@ import numpy as np
 
 from fedtune.directions.seed_ledger import decode_manifest
 from fedtune.errors import WireError
+from fedtune.lora.virtual_tokens import are_virtual
 from fedtune.pruning.structure import FAMILIES, Block, BlockLayout, linear_shapes
 from fedtune.tensors import Tensors, digest
 from fedtune.wire.codec import EncodedAssignment, body_of, decode_blob, encode_blob, outline_of, parse
@@ -141,7 +142,8 @@ def _profile_from(header: bytes, decode: Callable[[pb.Blob], Tensors]) -> Client
             f"verbs {list(message.verbs)}; run the same release of fedtune on both sides"
         )
     names = [module.name for module in message.modules]
-    if not names or names != sorted(set(names)) or not all(names):
+    # A client whose virtual tokens train adapts no module.
+    if not (names or message.saved) or names != sorted(set(names)) or not all(names):
         raise WireError(f"{name}: expected modules, each once and in order; got {names[:5]}")
     modules = {module.name: (module.out_features, module.in_features) for module in message.modules}
     if not 1 <= message.examples <= MAX_EXAMPLES or message.held_out > MAX_EXAMPLES:
@@ -149,7 +151,7 @@ def _profile_from(header: bytes, decode: Callable[[pb.Blob], Tensors]) -> Client
             f"{name}: expected 1 to {MAX_EXAMPLES:,} examples, and as many rows held out at most; "
             f"got {message.examples:,} and {message.held_out:,}"
         )
-    if min(map(min, modules.values())) < 1:
+    if min(map(min, modules.values()), default=1) < 1:
         raise WireError(f"{name}: expected no empty module; got one")
     if (size := max(message.parameters, message.device.memory_bytes)) >= MAX_COUNT:
         raise WireError(f"{name}: expected parameters and bytes below {MAX_COUNT}; got {size}")
@@ -282,6 +284,9 @@ def difference(wanted: ModelSpec, found: ModelSpec) -> str:
             f"expected the base {wanted.base[:12]}; got {found.base[:12]}; "
             "load the same model in the same revision and dtype"
         )
+    if are_virtual(wanted.saved) != are_virtual(found.saved):
+        sides = ("virtual tokens" if are_virtual(each.saved) else "factors" for each in (wanted, found))
+        return f"expected {next(sides)} to train; got {next(sides)}; set the same adapter.kind"
     if wanted.modules != found.modules:
         odd = sorted(dict(wanted.modules.items() ^ found.modules.items()))
         return (
@@ -297,6 +302,8 @@ def difference(wanted: ModelSpec, found: ModelSpec) -> str:
             "set the same adapter.modules_to_save"
         )
     if digest(wanted.saved) != digest(found.saved):
+        if are_virtual(wanted.saved):
+            return "expected other first virtual tokens; set the same seed, adapter.kind and number of tokens"
         return "expected other initial values of modules_to_save; set the same seed"
     if fingerprint(wanted) != fingerprint(found):
         return "expected the layout of the run's base; got another; run the same release of fedtune and transformers"

@@ -222,6 +222,12 @@ def recipes(draw: st.DrawFn) -> Recipe:
                 AdapterSettings,
                 modules_to_save=(),
                 layers=draw(st.sampled_from([None, "8-15", "0-3, 28"])),
+                # Recipes of the other kinds: `test_adapter_kinds`.
+                kind="lora",
+                tokens=20,
+                hidden=None,
+                send="embeddings",
+                init_text=None,
                 **beginning,
             )
         ),
