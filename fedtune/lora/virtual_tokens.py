@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -22,9 +21,9 @@ SIDES = ("key", "value")
 # prefix:   virtual_tokens.layers.<layer>.{key,value} (n, h, w)
 
 
-def are_virtual(tensors: Mapping[str, Any]) -> bool:
-    """Return whether tensors are virtual tokens, which belong to no layer of the base."""
-    return any(name.startswith(f"{MODULE}.") for name in tensors)
+def are_virtual(names: Iterable[str]) -> bool:
+    """Return whether tensors of these names are virtual tokens, which belong to no layer of the base."""
+    return any(name.startswith(f"{MODULE}.") for name in names)
 
 
 def own_names(tensors: Tensors) -> Mapping[str, Array]:

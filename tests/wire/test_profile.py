@@ -11,6 +11,7 @@ import pytest
 from fedtune.directions.seed_ledger import describe_base
 from fedtune.errors import WireError
 from fedtune.pruning.structure import Block, BlockLayout, linear_shapes
+from fedtune.tensors import Array
 from fedtune.wire.codec import EncodedAssignment, encode_blob
 from fedtune.wire.profile import (
     ClientProfile,
@@ -237,3 +238,22 @@ def test_a_speed_that_no_device_has_is_refused(key: str, seconds: float) -> None
     encoded = changed(lambda message: setattr(message.device, key, seconds))
     with pytest.raises(WireError, match=f"bank-1: expected {key} above 0 s, in float32; got"):
         decode_profile(encoded.header, encoded.blobs)
+
+
+def of_tokens(values: Array, name: str = "virtual_tokens.embedding") -> ClientProfile:
+    own = replace(FOUNDATION, modules={}, saved={name: values}, saved_modules=(), labels=())
+    return replace(PROFILE, foundation=own)
+
+
+def test_a_client_whose_virtual_tokens_train_adapts_no_module_and_needs_those_of_the_others() -> None:
+    tokens = np.ones((2, 3), np.float32)
+    arrived = again(of_tokens(tokens))
+    assert arrived.foundation.modules == {}
+    np.testing.assert_array_equal(arrived.foundation.saved["virtual_tokens.embedding"], tokens)
+    other = of_tokens(2 * tokens).foundation
+    assert "other first virtual tokens; set the same seed" in difference(arrived.foundation, other)
+    lora = difference(arrived.foundation, FOUNDATION)
+    assert lora == "expected virtual tokens to train; got factors; set the same adapter.kind"
+    assert difference(arrived.foundation, again(of_tokens(tokens)).foundation) == ""
+    with pytest.raises(WireError, match="each once and in order"):
+        again(of_tokens(tokens, name="score.weight"))
