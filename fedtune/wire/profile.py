@@ -143,7 +143,8 @@ def _profile_from(header: bytes, decode: Callable[[pb.Blob], Tensors]) -> Client
         )
     names = [module.name for module in message.modules]
     # A client whose virtual tokens train adapts no module.
-    if not (names or are_virtual(tensor.name for tensor in message.saved.tensors)) or names != sorted(set(names)) or not all(names):
+    trains = bool(names) or are_virtual(tensor.name for tensor in message.saved.tensors)
+    if not trains or names != sorted(set(names)) or not all(names):
         raise WireError(f"{name}: expected modules, each once and in order; got {names[:5]}")
     modules = {module.name: (module.out_features, module.in_features) for module in message.modules}
     if not 1 <= message.examples <= MAX_EXAMPLES or message.held_out > MAX_EXAMPLES:

@@ -97,7 +97,7 @@ def plain(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LOHA"}, "expected an adapter of peft_type LORA, PROMPT_TUNING, P_TUNING, PREFIX_TUNING; got 'LOHA'"),
+        ({"peft_type": "LOHA"}, "peft_type LORA, PROMPT_TUNING, P_TUNING, PREFIX_TUNING; got 'LOHA'"),
         ({"use_dora": True}, "use_dora = true"),
         ({"bias": "all"}, "expected no trained biases"),
         ({"lora_bias": True}, "expected no trained biases"),
