@@ -19,6 +19,7 @@ from docs.command_pages import command_page, commands
 from docs.data_pages import preset_table
 from docs.edge_pages import edge_page
 from docs.guarantees import guarantees_page, marked_tests, read_record
+from docs.import_pages import import_table
 from docs.schema_pages import enum_table, exception_table, message_blocks, record_table
 from docs.settings_pages import RECIPE_INTRODUCTIONS, recipe_pages, server_pages, settings_page, site_pages
 
@@ -30,6 +31,7 @@ MARKERS: Mapping[str, Any] = {
     "exceptions": exception_table,
     "record": record_table,
     "presets": preset_table,
+    "import": import_table,
 }
 """What a line `[[generated NAME ARGUMENTS]]` of a page becomes."""
 

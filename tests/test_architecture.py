@@ -54,6 +54,7 @@ HOMES: Mapping[str, frozenset[str]] = {
     "lm_eval": frozenset({"runs"}),
     "datasets": frozenset({"data"}),
     "pydantic": frozenset({"config"}),
+    "yaml": frozenset({"config"}),
     "tomllib": frozenset({"config", "report"}),  # the report reads name and seed of a run that was killed
     "typer": frozenset({"cli"}),
     "rich": frozenset({"cli", "terminal"}),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedtune.cli import adapters, ca, chat, enroll, evaluate, export, federation, provenance, roster, runs
+from fedtune.cli import adapters, ca, chat, enroll, evaluate, export, federation, import_fs, provenance, roster, runs
 from fedtune.cli.options import (
     DebugOption,
     JsonOption,
@@ -300,6 +300,7 @@ def compare(
 
 chat.register(app)
 adapters.register(app)
+import_fs.register(app)
 federation.register(app)
 provenance.register(app)
 

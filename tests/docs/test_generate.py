@@ -20,8 +20,9 @@ import pytest
 from annotated_types import Ge, Interval
 
 import fedtune
-from docs import command_pages, edge_pages, generate, schema_pages, settings_pages
+from docs import command_pages, edge_pages, generate, import_pages, schema_pages, settings_pages
 from docs.settings_pages import Key, Table
+from fedtune.config import fs_keys
 from fedtune.config.link import bind_link
 from fedtune.config.reading import read
 from fedtune.config.recipe import SECTIONS
@@ -384,3 +385,10 @@ def test_the_site_builds_strictly_and_asks_nothing_of_other_hosts(tmp_path: Path
     for topic, name in (("method", "MedianSettings"), ("planner", "ByExamplesSettings"), ("data", "proverbs")):
         # ruff formats code blocks of documents, and would turn an included file into an expression.
         assert name in re.sub(r"<[^>]*>", "", (site / "tutorials" / f"own-{topic}.html").read_text())
+
+
+def test_the_page_of_federatedscopes_keys_has_each_key_of_the_converter() -> None:
+    shown = re.findall(r"^\| `([^`]+)` \|", import_pages.import_table(), flags=re.MULTILINE)
+    groups = [f"{start}*" if start.endswith(".") else start for start in fs_keys.GROUPS]
+    assert shown == [*(key for keys in import_pages.SECTIONS.values() for key in keys), *groups]
+    assert {key for keys in import_pages.SECTIONS.values() for key in keys} == fs_keys.KEYS.keys()
