@@ -568,6 +568,32 @@ FAULTS = (
           "a folder with an adapter is scored as the model beside it", ("runs/test_task_scores.py",)),
     Fault("runs/task_scores.py", "if any(long) and (all(long) or not skip_long):", "if False:",
           "items that do not fit are left out in silence"),
+
+    # Offsite tuning: which blocks an emulator holds, and where tuned ends belong.
+    Fault("model/emulator_facts.py", "{facts.blocks}.{facts.layers[int(number)]}", "{facts.blocks}.{int(number)}",
+          "tuned ends are put back at the emulator's numbers", ("runs/test_plug_back.py",)),
+    Fault("model/emulator_facts.py", "if digest and facts.digests.get(dtype) != digest:", "if False:",
+          "an emulator.json of other weights passes", ("runs/test_emulator.py",)),
+    Fault("model/emulator_facts.py", "places = [i * (middle - 1) // max(1, k - 1)", "places = [i * middle // k",
+          "floor spreads blocks otherwise than FederatedScope-LLM"),
+    Fault("model/emulator.py", '.clone() if target.startswith(f"{name}.") else tensor.detach()', "",
+          "an emulator's blocks share the memory of the base's"),
+    Fault("model/emulator.py", "        if name.startswith(skipped):", "        if True:",
+          "an emulator with other ends than the true base's passes", ("runs/test_plug_back.py",)),
+    Fault("model/distill.py", "blocks[len(blocks) - back - 1]", "blocks[len(blocks) - 1]",
+          "the last block's output is distilled in place of the middle's"),
+    Fault("model/distill.py", "                values[name].grad = parameter.grad", "                values[name].grad = None",
+          "projected middles are not trained"),
+    Fault("model/blocks.py", "return (hidden, *output[1:]) if isinstance(output, tuple) else hidden", "return output",
+          "a skipped block computes all the same"),
+    Fault("runs/plug_back.py", "if true.digest != facts.base_digest:", "if False:",
+          "tuned ends are put into another base"),
+    Fault("runs/plug_back.py", 'return scores[EMULATOR]["loss"] <= scores', 'return scores[EMULATOR]["loss"] < -scores',
+          "no warning of an emulator that gives the model away", ("cli/test_offsite.py",)),
+    Fault("runs/emulator.py", ".items() if key not in left_out}", ".items()}",
+          "an emulator of a classifier carries a head that the base lacks"),
+    Fault("cli/offsite.py", "if text is None and value is not None:", "if False:",
+          "settings of a distillation without text pass unseen"),
 )  # fmt: skip
 
 
