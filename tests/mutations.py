@@ -582,7 +582,7 @@ FAULTS = (
           "an emulator with other ends than the true base's passes", ("runs/test_plug_back.py",)),
     Fault("model/distill.py", "blocks[len(blocks) - back - 1]", "blocks[len(blocks) - 1]",
           "the last block's output is distilled in place of the middle's"),
-    Fault("model/distill.py", "                values[name].grad = parameter.grad", "                values[name].grad = None",
+    Fault("model/distill.py", "values[name].grad = parameter.grad", "values[name].grad = None",
           "projected middles are not trained"),
     Fault("model/blocks.py", "return (hidden, *output[1:]) if isinstance(output, tuple) else hidden", "return output",
           "a skipped block computes all the same"),
