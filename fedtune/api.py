@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 from fedtune.config import Recipe, bind, render
 from fedtune.config.plugins import find_method, method_names
 from fedtune.config.reading import read
-from fedtune.config.recipe import AT_SITES, Objects
+from fedtune.config.recipe import Objects
 from fedtune.errors import ConfigError, Fault, RoundError, StoreError, type_of
 from fedtune.methods.method import GlobalModel, Method
 from fedtune.planning.planner import Planner, PlannerInputs
 from fedtune.rounds.events import Note, Phase, Watch
 from fedtune.rounds.record import COUNTS, Metrics, RoundRecord
 from fedtune.runs.base_checks import check_base
-from fedtune.runs.context import bind_to_score
 from fedtune.runs.demo import find_model, recipe_text, remark, write_data
 from fedtune.runs.export import open_run
+from fedtune.runs.own_scores import bind_with_test
 from fedtune.runs.path_checks import check_paths
 from fedtune.simulation.fork_client import ForkServer
 from fedtune.store import result
@@ -309,16 +309,7 @@ def evaluate(run: str | Path, *, data: str | Path | None = None, examples: int |
     """
     path = Path(run)
     tuned, origin = open_run(path)
-    bound = bind_to_score(path)
-    if data is not None:
-        split = replace(bound.data.split, match=None)  # these rows belong to no client
-        bound = replace(bound, data=replace(bound.data, test=str(Path(data).resolve()), split=split))
-    if bound.data.source == AT_SITES:
-        if bound.data.test is None:
-            hint = "give --data FILE, of rows with the columns that the sites have"
-            raise ConfigError(Fault("data.test", "data to score on", "a run whose data lie at its sites", hint))
-        # What no client is here for any more: the file takes the place of all of them.
-        bound = replace(bound, data=replace(bound.data, source=bound.data.test), override=())
+    bound = bind_with_test(path, data)
     bound = replace(bound, evaluate=replace(bound.evaluate, examples=examples))
     from fedtune.runs.local import prepare, score
 

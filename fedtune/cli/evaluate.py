@@ -50,7 +50,11 @@ def evaluate(
         ),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Benchmarks with commas between: mmlu, arc, gsm8k.")
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Benchmarks with commas between: mmlu, arc, gsm8k; of a run also loss, rouge, clients.",
+        ),
     ] = None,
     base: Annotated[
         str | None, typer.Option(metavar="NAME", help="Base of an adapter, in place of the one that it names.")

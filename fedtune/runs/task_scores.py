@@ -18,6 +18,7 @@ from fedtune.evaluation.multiple_choice import choose
 from fedtune.evaluation.tasks import TASKS, Asked, load
 from fedtune.rounds.events import Note, Phase, Watch
 from fedtune.runs.chat import attach
+from fedtune.runs.own_scores import OWN, open_scored_run, own_scores
 from fedtune.runs.task_target import open_target
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def score_tasks(
 
     Args:
         source: run directory, folder of an adapter or model, or name of a base.
-        names: of `TASKS`.
-        data: by task its file or folder; by `TASK.shots` the rows to show.
+        names: of `TASKS`, and of a run also of `OWN`.
+        data: by task its file or folder; by `TASK.shots` the rows to show. Of a run's own tasks other test data.
         base: of an adapter, or in place of a run's.
         shots: by task another number of shots than the benchmark's own.
         limit: items of each task at most.
@@ -75,8 +76,19 @@ def score_tasks(
         ConfigError: for a file, an option or an item that does not fit, before anything is scored.
     """
     check_names(names, data, shots or {})
-    asked = [load(TASKS[name], data=data, shots=(shots or {}).get(name), limit=limit) for name in dict.fromkeys(names)]
-    target = open_target(source, base=base, watch=watch)
+    names = list(dict.fromkeys(names))
+    asked = [
+        load(TASKS[name], data=data, shots=(shots or {}).get(name), limit=limit) for name in names if name in TASKS
+    ]
+    own = [name for name in names if name in OWN]
+    if own and base is not None:
+        raise ConfigError(
+            Fault("--base", f"none with --tasks {','.join(own)}", base, "the run's recipe names its base")
+        )
+    if own:
+        target, experiment = open_scored_run(source, names, data, watch)
+    else:
+        target, experiment = open_target(source, base=base, watch=watch), None
     encoded = [encode(part, target.speaker.base, rows, new_tokens, skip_long) for part, rows in asked]
     for part in encoded:
         if part.too_long:
@@ -91,13 +103,18 @@ def score_tasks(
                 score = choices if part.asked.task.kind == "choice" else generated_answers
                 values[name][view] = score(net, target.speaker.base, part, batch, new_tokens, progress)
     results = {part.asked.task.name: result(part, values[part.asked.task.name], new_tokens) for part in encoded}
-    return {"quick": True, "target": source, **target.facts(), "tasks": results}
+    if experiment is not None:
+        results |= own_scores(target, experiment, own, limit=limit, new_tokens=new_tokens, batch=batch, watch=watch)
+    facts = {"quick": True, "target": source, **target.facts()}
+    return {**facts, "tasks": {name: results[name] for name in names}}
 
 
 def check_names(names: Sequence[str], data: Mapping[str, Path], shots: Mapping[str, int]) -> None:
     """Refuse names of tasks that there are not, and options for tasks that are not asked."""
-    known, faults = ", ".join(TASKS), []
-    faults += [Fault("--tasks", f"names among {known}", repr(name)) for name in names if name not in TASKS]
+    known, faults = [*TASKS, *OWN], list[Fault]()
+    if not names:
+        faults.append(Fault("--tasks", f"names among {', '.join(known)}", "none"))
+    faults += [Fault("--tasks", f"names among {', '.join(known)}", repr(name)) for name in names if name not in known]
     for option, keys in (("--data", data), ("--shots", shots)):
         others = [key for key in keys if key.removesuffix(".shots") not in names]
         faults += [Fault(option, f"a task of --tasks ({', '.join(names)})", repr(key)) for key in others]

@@ -22,18 +22,20 @@ def task_table(scores: Mapping[str, Any]) -> Table:
     table = grid(title, "task", *(VIEWS[view] for view in views), "items", second="measure")
     for name, task in tasks.items():
         for number, (measure, estimates) in enumerate(task["measures"].items()):
-            cells = [interval(estimates[view], signed=view == "difference") for view in views]
+            cells = [interval(estimates.get(view), signed=view == "difference") for view in views]
             items = next(iter(estimates.values()))["items"]
             table.add_row("" if number else printable(name), measure, *cells, str(items))
     return table
 
 
-def interval(estimate: Mapping[str, Any], *, signed: bool = False) -> str:
-    """Return a score and its interval.
+def interval(estimate: Mapping[str, Any] | None, *, signed: bool = False) -> str:
+    """Return a score and its interval; nothing for none.
 
     >>> interval({"value": 0.25, "low": 0.2, "high": 0.312}), interval({"value": 0.1, "low": None}, signed=True)
     ('.250 [.200 .312]', '+.100')
     """
+    if estimate is None:
+        return ""
     value = short(estimate["value"], signed=signed)
     if estimate["low"] is None:
         return value
@@ -41,9 +43,14 @@ def interval(estimate: Mapping[str, Any], *, signed: bool = False) -> str:
 
 
 def short(number: float, *, signed: bool = False) -> str:
-    # Four characters each, so that three intervals fit a line: .250 and 1.00.
-    text = f"{number:{'+' if signed else ''}.3f}"
-    return text.replace("0.", ".", 1) if abs(number) < 0.9995 else text[:-1]
+    """Return a number in four characters beside its sign, so that three intervals fit a line.
+
+    >>> [short(number) for number in (0.25, 1, 3.1416, 20.35, 123.4, 0.99996)]
+    ['.250', '1.00', '3.14', '20.4', '123', '1.00']
+    """
+    digits = next((digits for limit, digits in ((0.9995, 3), (9.995, 2), (99.95, 1)) if abs(number) < limit), 0)
+    text = f"{number:{'+' if signed else ''}.{digits}f}"
+    return text.replace("0.", ".", 1) if digits == 3 else text
 
 
 def remarks(scores: Mapping[str, Any]) -> Iterator[str]:
@@ -51,6 +58,7 @@ def remarks(scores: Mapping[str, Any]) -> Iterator[str]:
     for name, task in scores["tasks"].items():
         answer = f", at most {task['new_tokens']} tokens" if "new_tokens" in task else ""
         left = f", {task['too_long']} too long and left out" if task["too_long"] else ""
+        shots = f"{task['shots']} shots, " if "file" in task else ""
         asked = task["items"] + task["too_long"]
         drawn = f", {asked} drawn of {task['rows']}" if asked < task["rows"] else ""
-        yield printable(f"{name}: {task['shots']} shots, {task['method']}{answer}{drawn}{left}")
+        yield printable(f"{name}: {shots}{task['method']}{answer}{drawn}{left}")

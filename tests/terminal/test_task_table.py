@@ -20,7 +20,7 @@ def estimates(*values: float) -> dict[str, Any]:
 
 
 def scores(**changes: Any) -> dict[str, Any]:
-    task = {"shots": 5, "method": "greedy", "rows": 100, "items": 40, "too_long": 0, "new_tokens": 256}
+    task = {"file": "x", "shots": 5, "method": "greedy", "rows": 100, "items": 40, "too_long": 0, "new_tokens": 256}
     return {"quick": True, "tasks": {"gsm8k": {**task, "measures": {"flexible": estimates(1.0, 1.0)}, **changes}}}
 
 
