@@ -62,12 +62,14 @@ UNITS: Mapping[str, str] = {
     "every": "rounds",
     "examples": "examples",
     "explore": "clients per round",
+    "first_rung": "rounds",
     "final_rate": "share of client.learning_rate",
     "fraction_bits": "bits",
     "generate": "examples",
     "groups": "sets of numbers",
     "gpu_share": "share of a GPU",
     "held_out": "share of the rows",
+    "interval": "rounds",
     "least_share": "share of the steps",
     "limit": "rows",
     "hidden": "hidden units",
@@ -99,6 +101,7 @@ UNITS: Mapping[str, str] = {
     "ratio": "share of the blocks' weights",
     "ratios": "share of the blocks' weights",
     "redraw": "rounds",
+    "reduction": "times",
     "refresh": "rounds",
     "scalar_bits": "bits",
     "seeds": "directions",
@@ -115,6 +118,7 @@ UNITS: Mapping[str, str] = {
     "threads": "CPU threads",
     "top": "share of the blocks",
     "tops": "share of the blocks",
+    "trials": "trials",
     "max_concurrent_uploads": "transfers",
     "max_source_handshakes": "connections",
     "utilisation": "share of the peak",
@@ -495,6 +499,8 @@ applied in their order.""",
     "fleet": "Without this table no devices are simulated.",
     "personal": """Without this table no client has a model of its own.
 [Models of their own](../../how-to/personal.md) says how they are trained and scored.""",
+    "search": """`fedtune search` reads this table, and all other commands ignore it: the recipe of every trial is this
+recipe with other values. [Search for settings](../../how-to/search.md) shows how.""",
 }
 """What a page says before its tables, by page."""
 

@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("probing", "evaluation"),
     ("methods", "planning", "wire", "model"),
     ("rounds",),
+    ("search",),
     ("simulation", "devices", "store"),
     ("link", "report"),
     ("config", "flower"),
@@ -50,6 +51,7 @@ HOMES: Mapping[str, frozenset[str]] = {
     "numba": frozenset({"directions"}),
     "transformers": frozenset({"model", "client"}),
     "peft": frozenset({"model", "client"}),
+    "optuna": frozenset({"search"}),
     "bitsandbytes": frozenset({"model"}),
     "lm_eval": frozenset({"runs"}),
     "datasets": frozenset({"data"}),
@@ -74,6 +76,7 @@ SERVER_WING = (
     "planning",
     "wire",
     "rounds",
+    "search",
     "store",
     "report",
 )

@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedtune.cli import adapters, ca, chat, enroll, evaluate, export, federation, import_fs, provenance, roster, runs
+from fedtune.cli import (
+    adapters,
+    ca,
+    chat,
+    enroll,
+    evaluate,
+    export,
+    federation,
+    import_fs,
+    provenance,
+    roster,
+    runs,
+    search,
+)
 from fedtune.cli.options import (
     DebugOption,
     JsonOption,
@@ -298,6 +311,7 @@ def compare(
         typer.echo(page)
 
 
+search.register(app)
 chat.register(app)
 adapters.register(app)
 import_fs.register(app)

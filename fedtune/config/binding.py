@@ -19,6 +19,7 @@ from fedtune.config.presets import PRESETS, expand_data_preset, expand_preset
 from fedtune.config.reading import apply_overrides, read
 from fedtune.config.recipe import AT_SITES, PYTHON, PYTHON_PLANNER, SECTIONS, Objects, Recipe
 from fedtune.config.rows import bind_devices, bind_overrides
+from fedtune.config.search_table import bind_search
 from fedtune.config.tables import AT_FAULT, bind_table, bind_value, freeze_table, unknown_keys
 from fedtune.data.settings import GROUP
 from fedtune.errors import ConfigError, Fault
@@ -30,10 +31,10 @@ from fedtune.planning.planner import PlannerType
 
 OPTIONAL = (
     *("adapter", "method", "client", "rounds", "planner", "evaluate", "engine", "report"),
-    *("descend", "override", "pruning", "personal", "asynchronous", "fleet", "device"),
+    *("descend", "override", "pruning", "personal", "asynchronous", "fleet", "device", "search"),
 )
 """Tables that a recipe may leave out."""
-ABSENT = ("pruning", "personal", "asynchronous", "fleet", "descend")
+ABSENT = ("pruning", "personal", "asynchronous", "fleet", "descend", "search")
 """Tables without which something is not done; the others that are left out have their defaults."""
 
 NAMED = ("method", "planner")
@@ -67,20 +68,29 @@ def bind(
     Raises:
         ConfigError: with every fault at once, or the reason why the file cannot be read.
     """
-    label, stem, root, table = read(source)
     faults: list[Fault] = []
-    objects = objects or Objects()
+    label, recipe = bind_types(source, overrides, objects or Objects(), faults)
+    faults.extend(check(recipe))
+    if faults:
+        raise ConfigError(faults, source=label)
+    return with_absolute_paths(recipe, recipe.root)
+
+
+def bind_types(
+    source: Path | str | Mapping[str, Any], overrides: Sequence[str], objects: Objects, faults: list[Fault]
+) -> tuple[str, Recipe]:
+    """Return a recipe's name for messages, and the recipe, of whose values each is what its key takes by itself.
+
+    What they must be together is not checked; faults are noted.
+    """
+    label, stem, root, table = read(source)
     table = expand_data_preset(expand_preset(with_objects(apply_overrides(table, overrides, faults), objects)))
     values = bind_sections(with_defaults(table, root, objects), objects, faults)
     values |= {"root": root, "objects": objects, "name": bind_name(table.get("name", stem), faults)}
     values["seed"] = bind_value(Annotated[int, Ge(0)], table.get("seed", 0), "seed", faults)
     values["override"] = bind_overrides(table.get("override", ()), faults)
     values["device"] = bind_devices(table.get("device", ()), faults)
-    recipe = freeze_table(Recipe, values, complete=not faults)
-    faults.extend(check(recipe))
-    if faults:
-        raise ConfigError(faults, source=label)
-    return with_absolute_paths(recipe, root)
+    return label, freeze_table(Recipe, values, complete=not faults)
 
 
 def bind_for_sites(source: Path | str | Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Recipe:
@@ -106,6 +116,8 @@ def bind_sections(table: Mapping[str, Any], objects: Objects, faults: list[Fault
             faults.append(Fault(name, f"the table [{name}]", "nothing", f"e.g. {name} = {EXAMPLES[name]}"))
         elif name not in table and name in ABSENT:
             bound[name] = None
+        elif name == "search":
+            bound[name] = bind_search(table["search"], faults)
         elif name in NAMED:
             bound[name] = bind_named(name, table.get(name, {}), objects, faults)
         else:

@@ -22,6 +22,7 @@ from fedtune.config.planner_checks import (
 )
 from fedtune.config.preference_checks import preference_faults
 from fedtune.config.recipe import Recipe, method_type_of, requested_verbs
+from fedtune.config.search_checks import search_faults
 from fedtune.config.tables import apply_rule
 from fedtune.config.verb_checks import (
     accumulator_faults,
@@ -515,4 +516,5 @@ RULES: Sequence[Rule] = (
     object_faults,
     batched_clients_faults,
     shared_work_faults,
+    search_faults,
 )

@@ -23,6 +23,7 @@ from fedtune.planning.verbs import DESCENDING, DescendSettings, VerbRequest
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.rounds.asynchronous import AsyncSettings
 from fedtune.rounds.schedule import Schedule
+from fedtune.search.settings import SearchSettings
 from fedtune.simulation.resources import Resources
 from fedtune.simulation.settings import DeviceOverride, EngineSettings, FleetSettings
 
@@ -138,6 +139,8 @@ class Recipe:
     """None: no client descends."""
     personal: Personal | None = field(default=None, metadata=OMIT_DEFAULT)
     """None: no client has a model of its own."""
+    search: SearchSettings | None = field(default=None, metadata=OMIT_DEFAULT)
+    """None: there is nothing to search for. `fedtune search` reads it, and nothing else does."""
     root: Path = field(default=Path(), compare=False)
     """Folder of the recipe's file; relative paths in it are relative to this."""
     objects: Objects = field(default=Objects(), compare=False)
@@ -161,6 +164,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "fleet": FleetSettings,
     "engine": EngineSettings,
     "report": ReportSettings,
+    "search": SearchSettings,
 }
 """The tables of a recipe whose settings do not depend on a name in them."""
 

@@ -26,8 +26,9 @@ TABLES: Mapping[str, str] = {
     "fleet": "which devices the clients are taken to be",
     "engine": "what runs the clients on this machine",
     "report": "what is written beside the records",
+    "search": "which settings fedtune search tries",
 }
-OUTCOME_FREE = ("name", "engine", "report", "root", "objects")
+OUTCOME_FREE = ("name", "engine", "report", "search", "root", "objects")
 """Fields of a recipe that change neither the adapter nor its scores."""
 
 

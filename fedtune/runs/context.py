@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -105,6 +105,10 @@ class RunContext:
     """A client's `planned_s` and `planned_bytes` by the cost model, as far as they are known."""
     devices: Mapping[str, Any] = field(default_factory=dict)
     """By client, the profile of the device that it is simulated on, with the provenance of each number."""
+    scored_rounds: Collection[int] = ()
+    """Rounds after which the clients' held-out rows are scored, beside the last one: those where a search decides."""
+    copied_from: str = ""
+    """Of a run that goes on from another one's state under its own recipe: that run, and the round."""
     on_journal: Callable[[RunJournal], None] = lambda journal: None
     """Called with the journal before the first round; over the link, receipts state its last record."""
 
@@ -120,6 +124,7 @@ class RunContext:
             **({"start": self.start} if self.start else {}),
             "door": self.door,
             **({"number": self.number} if self.number else {}),
+            **({"copied_from": self.copied_from} if self.copied_from else {}),
             "versions": " ".join(f"{name} {number}" for name, number in versions().items()),
             "platform": platform.platform(),
         }

@@ -139,10 +139,17 @@ def lengths(tokens: Sequence[int]) -> Lengths:
     return Lengths(mean=sum(tokens) / len(tokens), longest=float(max(tokens)))
 
 
-def prepare(recipe: Recipe, watch: Watch = lambda event: None, *, sizes_alone: bool = False) -> Experiment:
+def prepare(
+    recipe: Recipe,
+    watch: Watch = lambda event: None,
+    *,
+    sizes_alone: bool = False,
+    loaded: Experiment | None = None,
+) -> Experiment:
     """Load data and base, and check what can only be checked against them; `watch` hears of each step.
 
-    With `sizes_alone` no weights are loaded, and what is checked against them is not.
+    With `sizes_alone` no weights are loaded, and what is checked against them is not. With `loaded`, the data and the
+    base are those of an experiment whose recipe has the same tables for them.
 
     Where a chat template writes the day, the recipe of the experiment names it: today's, if it names none yet.
 
@@ -153,17 +160,20 @@ def prepare(recipe: Recipe, watch: Watch = lambda event: None, *, sizes_alone: b
         # Before anything is loaded; over a network updates come when they come.
         raise buffer.no_clock()
     data = replace(recipe.data, date=recipe.data.date or date.today().isoformat())
-    federation, base = load_site(
-        recipe.model,
-        sized_adapter(recipe),
-        data,
-        seed=recipe.seed,
-        root=recipe.root,
-        objects=recipe.objects,
-        watch=watch,
-        load_base=sized_base if sizes_alone else None,
-        check=partial(refuse_too_large, recipe) if recipe.engine.memory_check and not sizes_alone else no_check,
-    )
+    if loaded is not None:
+        federation, base = loaded.federation, loaded.base
+    else:
+        federation, base = load_site(
+            recipe.model,
+            sized_adapter(recipe),
+            data,
+            seed=recipe.seed,
+            root=recipe.root,
+            objects=recipe.objects,
+            watch=watch,
+            load_base=sized_base if sizes_alone else None,
+            check=partial(refuse_too_large, recipe) if recipe.engine.memory_check and not sizes_alone else no_check,
+        )
     # Only where it matters: all other recipes, and their digests, are the same on every day.
     if recipe.model.task == "causal" and depends_on_date(data, base.tokenizer, form=federation.form):
         recipe = replace(recipe, data=data)

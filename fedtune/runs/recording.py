@@ -74,7 +74,8 @@ def record_round(context: RunContext, run: Path, finished: RoundResult, earlier:
     last, every = finished.round == recipe.rounds.count, recipe.evaluate.every
     test = last or (every > 0 and finished.round % every == 0)
     structure = deployed_structure(recipe, finished.state)
-    scores = context.score(tuned, round=finished.round, test=test, clients=last, structure=structure)
+    clients = last or finished.round in context.scored_rounds
+    scores = context.score(tuned, round=finished.round, test=test, clients=clients, structure=structure)
     scored = RoundRecord(finished.round, 0.0, test=scores.test, held_out=scores.held_out)
     if not last and not scores.held_out and ends_early(recipe.rounds, [*earlier, scored]):
         at_end = context.score(tuned, round=finished.round, test=False, clients=True)

@@ -44,6 +44,7 @@ def run_recipe(
     resume: bool = False,
     watch: Watch,
     began: float | None = None,
+    until: int | None = None,
 ) -> Mapping[str, Any]:
     """Run the rounds, or those that are left, record each of them in the run directory, and return the summary.
 
@@ -59,6 +60,7 @@ def run_recipe(
         resume: see above.
         watch: called with each event.
         began: when the user started it, of `time.perf_counter`: loading counts in the time of a run. Now without it.
+        until: of a trial of a search, the round after which it pauses; resumed, it goes on as if it never had.
 
     Raises:
         RoundError: if a round could not be completed.
@@ -91,15 +93,19 @@ def run_recipe(
             return content
 
         try:
-            for record in recorded_rounds(context, run, transport, journal, state, tuple(records), watch):
+            for record in recorded_rounds(context, run, transport, journal, state, tuple(records), watch, until):
                 records.append(record)
                 watch(RoundFinished(record))
         except (KeyboardInterrupt, FedtuneError) as stop:
             if records:
                 with suppress(StoreError):  # on a full disk the error to report is the one that stopped the run
                     write("Ctrl-C" if isinstance(stop, KeyboardInterrupt) else str(stop))
-            watch(Note(stop_note(stop, context.door, run, records)))
+            if until is None:  # else a search says how it is resumed
+                watch(Note(stop_note(stop, context.door, run, records)))
             raise
+        if until is not None and records[-1].round < context.recipe.rounds.count:
+            # Its end is not noted: what a repetition of the last round needs stays until the next one begins.
+            return write(f"paused after round {records[-1].round} of {context.recipe.rounds.count}, by a search")
         if context.recipe.evaluate.prompt or context.recipe.evaluate.prompts:
             watch(Phase("answering the prompts, before and after"))
         content = write("")
@@ -115,9 +121,15 @@ def recorded_rounds(
     state: Any | None,
     earlier: Sequence[RoundRecord],
     watch: Watch,
+    until: int | None = None,
 ) -> Iterator[RoundRecord]:
-    """Yield the record of each round that is left, once it is on the disk; of a new run, first that of the base."""
+    """Yield the record of each round that is left, once it is on the disk; of a new run, first that of the base.
+
+    With `until`, those up to that round are left.
+    """
     records = list(earlier)
+    if records and until is not None and records[-1].round >= until:
+        return
     if not records:
         watch(Phase("scoring the base"))
         records.append(record_base(context, run))
@@ -136,6 +148,8 @@ def recorded_rounds(
             missing = "started from the server's values: their personal state of an earlier round is missing"
             watch(Note(f"round {records[-1].round}: {', '.join(lost)} {missing}"))
         yield records[-1]
+        if records[-1].round == until:
+            return
         if (left := records[-1].figures.get("rounds_left", FEW_ROUNDS_LEFT + 1)) <= FEW_ROUNDS_LEFT:
             watch(Note(f"sums of 32 bits have room for {left} more rounds in the worst case"))
         if reason := ends_early(context.recipe.rounds, records):
@@ -210,6 +224,8 @@ def run_rounds_of(
 
 def remarks(recipe: Recipe) -> Iterator[str]:
     """Yield what is allowed and seldom intended."""
+    if recipe.search is not None:
+        yield "the table [search] is ignored here; fedtune search tries what it lists"
     if recipe.adapter.start is not None:
         yield f"starts from the adapter {recipe.adapter.start}: round 0 is its score, not that of the base alone"
     planner, ratios = recipe.planner, [override.ratio for override in recipe.override]
