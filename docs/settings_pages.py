@@ -21,6 +21,7 @@ from fedtune.link.settings import LinkSettings
 from fedtune.methods import METHODS
 from fedtune.planning import PLANNERS
 from fedtune.planning.policies import POLICIES
+from fedtune.search.settings import Range
 from fedtune.simulation.resources import Resources
 from fedtune.simulation.settings import DeviceOverride
 
@@ -100,6 +101,7 @@ UNITS: Mapping[str, str] = {
     "repair_rank": "columns",
     "ratio": "share of the blocks' weights",
     "ratios": "share of the blocks' weights",
+    "points": "values",
     "redraw": "rounds",
     "reduction": "times",
     "refresh": "rounds",
@@ -154,7 +156,7 @@ PLAIN_NUMBERS = frozenset(
             "rate",
         ),
         *("server_learning_rate", "weight_cap", "weight_decay"),
-        *("discount", "learning_rates", "weight_decays"),
+        *("discount", "learning_rates", "weight_decays", "low", "high"),
     )
 )
 """Numbers without a unit."""
@@ -185,7 +187,14 @@ DEVICE_RANGES: Mapping[str, str] = {
 }
 """What a profile is checked for as a whole, not by the types of its fields; a test holds these against that check."""
 
-NOUNS: Mapping[Any, str] = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+NOUNS: Mapping[Any, str] = {
+    int: "whole number",
+    float: "number",
+    str: "text",
+    bool: "true or false",
+    Range: "range",
+    Any: "value",
+}
 
 REQUIRED, STEM = "required", "default: the file's name without its ending"
 """Defaults that are no values."""
@@ -445,6 +454,7 @@ def recipe_pages() -> Mapping[str, Sequence[Table]]:
     pages: dict[str, Sequence[Table]] = {"top-level": [file_keys(Recipe, {"name": STEM, "seed": "0"})]}
     for name, cls in SECTIONS.items():
         pages[name] = [table_of(cls, name)]
+    pages["search"] = [*pages["search"], table_of(Range, "search.space", "a range in `[search.space]`")]
     pages["method"] = [
         choice_table("method", [*METHODS, *PRESETS], REQUIRED, "What is sent, and how clients' updates are combined."),
         *(

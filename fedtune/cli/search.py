@@ -72,7 +72,7 @@ def search(
 
         bound = runs.recipe_of_search(resume) if resume is not None else bind(recipe or "", overrides=overrides or ())
         if dry_run:
-            show_planned(runs.planned(bound), as_json)
+            show_planned(runs.plan_search(bound), as_json)
             return
         target = resume if resume is not None else out
         done = run_with_progress(

@@ -49,7 +49,7 @@ def content_of(search: Search, results: Sequence[Result], *, name: str, ended: s
         "reason": ended,
         "trials": [trial_row(search, steps) for steps in ranked_trials(search, results)],
         "best": None if best is None else best.step.trial,
-        "spent": spent(results),
+        "spent": total_cost(results),
         "curve": curve(search, results),
         "rank_correlation": rank_correlations(search, results),
     }
@@ -99,12 +99,11 @@ def sum_of(results: Sequence[Result]) -> Cost:
     return sum((result.cost for result in results), Cost())
 
 
-def spent(results: Sequence[Result]) -> Mapping[str, Any]:
+def total_cost(results: Sequence[Result]) -> Mapping[str, Any]:
     """Return what the search itself has taken: every round of every trial, once."""
-    failed = {result.step.trial for result in results if result.score is None}
-    recovered = {result.step.trial for result in results if result.score is not None and result.step.source is not None}
-    trials = {result.step.trial for result in results}
-    return {**asdict(sum_of(results)), "trials": len(trials), "failed": len(failed - recovered)}
+    last = {result.step.trial: result for result in results}
+    failed = sum(result.score is None for result in last.values())
+    return {**asdict(sum_of(results)), "trials": len(last), "failed": failed}
 
 
 def curve(search: Search, results: Sequence[Result]) -> Sequence[Mapping[str, Any]]:

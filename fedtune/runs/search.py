@@ -207,7 +207,7 @@ def recipe_of_search(folder: Path) -> Recipe:
     return bind(inputs["recipe"])
 
 
-def planned(recipe: Recipe) -> Mapping[str, Any]:
+def plan_search(recipe: Recipe) -> Mapping[str, Any]:
     """Return what a search would run and, by the cost model, send, before anything is trained.
 
     Of trials whose values follow from scores only the number is known.

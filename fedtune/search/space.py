@@ -64,7 +64,7 @@ def within(numbers: Range, value: float) -> Value:
     return min(max(rounded, numbers.low), numbers.high)
 
 
-def drawn(
+def draw_values(
     settings: SearchSettings, seed: int, trial: int, others: Sequence[Mapping[str, Value]]
 ) -> Mapping[str, Value]:
     """Return the values of a trial, drawn independently of each other and, as far as can be, unlike those of others."""
@@ -89,7 +89,7 @@ def draw(dimension: Dimension, key: int) -> Value:
     return value_at(dimension, float(rng.random()))
 
 
-def perturbed(
+def perturb(
     values: Mapping[str, Value], space: Mapping[str, Dimension], seed: int, trial: int, until: int
 ) -> Mapping[str, Value]:
     """Return values whose numbers of ranges are multiplied by 0.8 or 1.2 and kept in range; those of lists stay."""

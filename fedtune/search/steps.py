@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from fedtune.rounds.scores import LOWER_IS_BETTER
 from fedtune.search.settings import USUAL_TRIALS, SearchKind, SearchSettings, Value, rungs
-from fedtune.search.space import drawn, grid, perturbed
-from fedtune.search.tpe import drawn_by_tpe
+from fedtune.search.space import draw_values, grid, perturb
+from fedtune.search.tpe import draw_by_tpe
 from fedtune.seeds import derive, generator
 
 
@@ -113,7 +113,7 @@ def first_values(search: Search, trial: int) -> Mapping[str, Value]:
         return grid(search.settings.space)[trial]
     before: list[Mapping[str, Value]] = []
     for number in range(trial + 1):
-        before.append(drawn(search.settings, search.seed, number, before))
+        before.append(draw_values(search.settings, search.seed, number, before))
     return before[-1]
 
 
@@ -130,7 +130,7 @@ def tpe(search: Search, results: Sequence[Result]) -> Step | None:
         return None
     earlier = [(result.step.values, result.score) for result in results]
     lower = search.settings.metric in LOWER_IS_BETTER
-    values = drawn_by_tpe(search.settings.space, search.seed, trial, earlier, lower_is_better=lower)
+    values = draw_by_tpe(search.settings.space, search.seed, trial, earlier, lower_is_better=lower)
     return Step(trial, search.rounds, values)
 
 
@@ -142,7 +142,7 @@ def by_rung(results: Sequence[Result]) -> Mapping[int, Sequence[Result]]:
     return reached
 
 
-def continued(search: Search, result: Result, until: int) -> Step:
+def next_rung(search: Search, result: Result, until: int) -> Step:
     """Return the step that takes a trial on from where a result left it."""
     step = result.step
     return Step(step.trial, until, step.values, since=step.until, segment=step.segment)
@@ -156,7 +156,7 @@ def halving(search: Search, results: Sequence[Result]) -> Step | None:
         if place == 0 and len(done) < search.trials:
             return Step(len(done), rung, first_values(search, len(done)))
         if place and len(done) < len(survivors):
-            return continued(search, survivors[len(done)], rung)
+            return next_rung(search, survivors[len(done)], rung)
         best = search.order(done)[: math.ceil(len(done) / search.settings.reduction)]
         survivors = sorted(best, key=lambda result: result.step.trial)
     return None
@@ -172,7 +172,7 @@ def asynchronous_halving(search: Search, results: Sequence[Result]) -> Step | No
         done, promoted = reached.get(rung, []), {result.step.trial for result in reached.get(following, [])}
         for result in search.order(done)[: len(done) // search.settings.reduction]:
             if result.step.trial not in promoted:
-                return continued(search, result, following)
+                return next_rung(search, result, following)
     begun = len(reached.get(search.rungs[0], []))
     return Step(begun, search.rungs[0], first_values(search, begun)) if begun < search.trials else None
 
@@ -212,11 +212,11 @@ def next_generation(search: Search, before: Sequence[Result], until: int) -> Seq
     for result in before:
         step = result.step
         if step.trial in scored - worst:
-            going_on.append(continued(search, result, until))
+            going_on.append(next_rung(search, result, until))
             continue
         rng = generator(derive(search.seed, "search.pbt", until, str(step.trial)))
         better = best[int(rng.integers(len(best)))].step
-        values = perturbed(better.values, search.settings.space, search.seed, step.trial, until)
+        values = perturb(better.values, search.settings.space, search.seed, step.trial, until)
         copying.append(
             Step(
                 step.trial,

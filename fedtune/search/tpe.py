@@ -17,7 +17,7 @@ MOST_SEED = 2**32
 """Seeds of optuna's sampler are below this."""
 
 
-def drawn_by_tpe(
+def draw_by_tpe(
     space: Mapping[str, Dimension],
     seed: int,
     trial: int,

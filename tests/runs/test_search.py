@@ -15,7 +15,7 @@ from fedtune.config import Recipe, bind
 from fedtune.errors import ConfigError, RoundError, StoreError
 from fedtune.rounds.events import Event, Note
 from fedtune.runs import search_trial
-from fedtune.runs.search import planned, recipe_of_search, search
+from fedtune.runs.search import plan_search, recipe_of_search, search
 from fedtune.store.round_records import read_rounds
 from tests.runs.conftest import Tables
 
@@ -184,7 +184,7 @@ def test_another_recipe_or_search_does_not_go_on_in_its_folder(tables: Tables, t
 @pytest.mark.slow
 def test_a_plan_lists_the_trials_with_their_bytes_and_trains_nothing(tables: Tables, tmp_path: Path) -> None:
     recipe = searched(tables, "sha", reduction=2, space={"adapter.rank": [2, 4, 8]}, trials=3)
-    content = planned(bind(recipe))
+    content = plan_search(bind(recipe))
     assert (content["trials"], content["rungs"], content["rounds"]) == (3, [1, 2, 4], 3 + 2 + 2)
     assert content["client_rounds"] == 7 * 3
     by_rank = {row["values"]["adapter.rank"]: row["bytes"] for row in content["rows"]}

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.search.settings import Dimension, Range, SearchSettings
-from fedtune.search.space import count_of, draw, drawn, grid, perturbed, points_of, size, within
+from fedtune.search.space import count_of, draw, draw_values, grid, perturb, points_of, size, within
 
 Space = dict[str, Dimension]
 RATE: Range = Range(1e-4, 1e-2, log=True)
@@ -28,11 +28,11 @@ def test_a_grid_has_every_combination_and_the_last_setting_changes_fastest() -> 
 
 
 def test_a_draw_depends_on_seed_trial_and_name_alone() -> None:
-    one = drawn(settings(rate=RATE, rank=(2, 4, 8)), 7, 3, [])
-    assert one == drawn(settings(rank=(2, 4, 8), rate=RATE), 7, 3, [])
+    one = draw_values(settings(rate=RATE, rank=(2, 4, 8)), 7, 3, [])
+    assert one == draw_values(settings(rank=(2, 4, 8), rate=RATE), 7, 3, [])
     # A setting more changes no other one's draw.
-    assert drawn(settings(rate=RATE, rank=(2, 4, 8), steps=Range(1, 9)), 7, 3, []).items() >= one.items()
-    others = [drawn(settings(rate=RATE), seed, trial, [])["rate"] for seed, trial in ((8, 3), (7, 4))]
+    assert draw_values(settings(rate=RATE, rank=(2, 4, 8), steps=Range(1, 9)), 7, 3, []).items() >= one.items()
+    others = [draw_values(settings(rate=RATE), seed, trial, [])["rate"] for seed, trial in ((8, 3), (7, 4))]
     assert len({one["rate"], *others}) == 3
 
 
@@ -40,9 +40,9 @@ def test_values_that_another_trial_has_are_drawn_again() -> None:
     space = settings(rank=(2, 4), head=("a", "b"))
     trials: list[Any] = []
     for trial in range(4):
-        trials.append(drawn(space, 0, trial, trials))
+        trials.append(draw_values(space, 0, trial, trials))
     assert len({tuple(values.items()) for values in trials}) == 4
-    assert drawn(space, 0, 4, trials) in trials  # there is no fifth
+    assert draw_values(space, 0, 4, trials) in trials  # there is no fifth
 
 
 def test_draws_are_spread_evenly() -> None:
@@ -65,7 +65,7 @@ def test_no_draw_leaves_its_range(low: float, high: float, log: bool, key: int) 
 def test_perturbed_whole_numbers_move_unless_they_are_at_the_end(low: int, width: int, value: int, trial: int) -> None:
     numbers = Range(low, low + width)
     value = int(within(numbers, value))
-    changed = perturbed({"n": value}, {"n": numbers}, 0, trial, 5)["n"]
+    changed = perturb({"n": value}, {"n": numbers}, 0, trial, 5)["n"]
     assert isinstance(changed, int)
     assert low <= changed <= low + width
     assert changed != value or value in (low, low + width)
@@ -73,10 +73,10 @@ def test_perturbed_whole_numbers_move_unless_they_are_at_the_end(low: int, width
 
 def test_copied_numbers_are_multiplied_and_listed_values_stay() -> None:
     space: Space = {"rate": Range(0.001, 1.0, log=True), "rank": (2, 4)}
-    changed = {perturbed({"rate": 0.1, "rank": 4}, space, 0, trial, 5)["rate"] for trial in range(20)}
+    changed = {perturb({"rate": 0.1, "rank": 4}, space, 0, trial, 5)["rate"] for trial in range(20)}
     assert changed == {0.08, 0.12}
-    assert all(perturbed({"rate": 0.1, "rank": 4}, space, 0, trial, 5)["rank"] == 4 for trial in range(20))
-    assert {perturbed({"rate": 1.0, "rank": 4}, space, 0, trial, 5)["rate"] for trial in range(20)} == {0.8, 1.0}
+    assert all(perturb({"rate": 0.1, "rank": 4}, space, 0, trial, 5)["rank"] == 4 for trial in range(20))
+    assert {perturb({"rate": 1.0, "rank": 4}, space, 0, trial, 5)["rate"] for trial in range(20)} == {0.8, 1.0}
 
 
 def test_four_digits_are_drawn() -> None:

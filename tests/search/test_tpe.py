@@ -8,7 +8,7 @@ import pytest
 from fedtune.errors import ExtraError
 from fedtune.search.settings import Dimension, Range, SearchSettings
 from fedtune.search.steps import Result, Search, next_step
-from fedtune.search.tpe import drawn_by_tpe
+from fedtune.search.tpe import draw_by_tpe
 
 SPACE: dict[str, Dimension] = {
     "client.learning_rate": Range(1e-4, 1e-1, log=True),
@@ -45,12 +45,12 @@ def test_a_study_that_is_built_anew_draws_alike() -> None:
 def test_it_learns_from_scores_and_from_their_direction() -> None:
     values = [{"client.learning_rate": 10.0 ** (-1 - k % 4), "adapter.rank": 4, "client.steps": 3} for k in range(24)]
     earlier = [(each, each["client.learning_rate"]) for each in values]
-    low = [drawn_by_tpe(SPACE, 0, k, earlier, lower_is_better=True)["client.learning_rate"] for k in range(30, 36)]
-    high = [drawn_by_tpe(SPACE, 0, k, earlier, lower_is_better=False)["client.learning_rate"] for k in range(30, 36)]
+    low = [draw_by_tpe(SPACE, 0, k, earlier, lower_is_better=True)["client.learning_rate"] for k in range(30, 36)]
+    high = [draw_by_tpe(SPACE, 0, k, earlier, lower_is_better=False)["client.learning_rate"] for k in range(30, 36)]
     assert sorted(low)[3] < sorted(high)[3]
 
 
 def test_without_the_package_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ExtraError, match=r"expected the package optuna.*pip install 'fedtune\[search\]'"):
-        drawn_by_tpe(SPACE, 0, 0, [], lower_is_better=True)
+        draw_by_tpe(SPACE, 0, 0, [], lower_is_better=True)
