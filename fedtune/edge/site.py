@@ -340,5 +340,9 @@ def read_data(settings: SiteSettings, data: DataSettings, opened: Opened) -> Fed
         least_classes=1,
     )
     federation = cut_to_positions(encode(data), data, encode, base=name, positions=facts.positions)
+    if federation.compared:
+        expected = "rows of one answer for a device, which measures likelihoods alone"
+        hint = "map the preferred answer as output, or take part with fedtune-client, which has torch"
+        raise ConfigError(Fault("data.fields.rejected", expected, "rows with a rejected answer", hint))
     check_limits(federation, Limits(name, facts.positions, facts.vocabulary), opened.tokenizer.convert_ids_to_tokens)
     return federation

@@ -265,6 +265,16 @@ def test_an_order_to_train_lora_is_refused_in_one_sentence(device: EdgeSite, bas
     assert "\n" not in str(caught.value)
 
 
+def test_rows_with_a_rejected_answer_are_refused_when_they_are_read(
+    files: tuple[Path, Path], base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = files[1].parent / "rows.jsonl"
+    rows.write_text("".join(f'{{"chosen": "the fox {row}", "rejected": "the dog {row}"}}\n' for row in range(8)))
+    monkeypatch.setattr(edge_base, "load_runtime", lambda bundle, *, threads: TorchRuntime(base))
+    with pytest.raises(ConfigError, match=r"data\.fields\.rejected: expected rows of one answer for a device"):
+        edge_site.from_file(str(files[1]))
+
+
 def test_an_order_to_descend_is_done_by_probing_where_it_says_how(device: EdgeSite, base: Base) -> None:
     asked = order(base)
     descending = replace(asked.plan, training=replace(asked.plan.training, steps=7, learning_rate=0.5))
