@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,18 @@ import pytest
 import torch
 
 from fedtune.data.encode import IGNORED, Example
+from fedtune.data.preference import encode_preferences
+from fedtune.data.settings import DataSettings, Split
 from fedtune.errors import ClientError
 from fedtune.messages import Preference, Proximal, Training
-from fedtune.model.base import Base
+from fedtune.model.base import Base, load, load_tokenizer
 from fedtune.model.batches import Pairs, collate
 from fedtune.model.evaluate import evaluate
 from fedtune.model.lora import layers, with_adapters
 from fedtune.model.loss import answer_likelihoods, preference_losses, summed_loss
 from fedtune.model.objective import Hooks
 from fedtune.model.preference import check_rows, num_referred, with_margins, with_reference
+from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.model.train import train
 
 BETA = Preference(0.5)
@@ -84,6 +88,35 @@ def test_it_equals_the_formula_written_out_over_log_probabilities(loaded: Any, p
             total = summed_loss(model, collate(rows, base), task="causal").item()
     assert total == pytest.approx(sum(expected), rel=1e-5)
     assert max(abs(x - y) for x, y in zip(own, reference, strict=True)) > 0.1
+
+
+def test_the_loss_is_that_of_trl(stories: Path) -> None:
+    """0.6236836: DPOTrainer.compute_loss of trl 1.16.0 with transformers 5.24.0, recorded 2026-11-30.
+
+    On the same three rows and the same tokenizer (prompt and a line break before either answer, an end-of-sequence
+    token behind it), beta 0.1, the base as ref_model, and as the policy the base with all weights times 1.05.
+    """
+    answers = [
+        ("Who sat in the tree?", "A little bird sat in the tree.", "Tom went home."),
+        (
+            "What did Lily find?",
+            "Lily found a red ball in the park.",
+            "Lily found nothing, and then she cried and cried.",
+        ),
+        ("Was the dog sad?", "No, the dog was happy.", "No, the dog was big."),
+    ]
+    parts = dict(zip(("instruction", "output", "rejected"), map(list, zip(*answers, strict=True)), strict=True))
+    chosen = ModelSettings(base=str(stories), device="cpu", dtype="float32")
+    tokenizer = load_tokenizer(chosen, Path())
+    base = load(chosen, AdapterSettings(rank=1, targets=["q_proj"]), tokenizer=tokenizer, root=Path(), seed=0)
+    data = DataSettings("x", Split("files"), template="{instruction}\n{output}")
+    encoded = encode_preferences(parts, data, tokenizer, place=str).examples
+    rows = with_reference(base, [row for row in encoded if row is not None], Preference(0.1), TRAINING)
+    with torch.no_grad():
+        for parameter in base.model.parameters():
+            parameter *= 1.05
+        loss = summed_loss(base.model, collate(rows, base), task="causal").item() / 3
+    assert loss == pytest.approx(0.6236836314201355, abs=1e-6)
 
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
