@@ -12,7 +12,7 @@ from typing import Any
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.report.comparison_curves import curves, deployed_loss, numbers, shared_loss
-from fedtune.report.curves import Floats, LossCurve, evaluations, last, loss_curve
+from fedtune.report.curves import Floats, LossCurve, evaluations, last, loss_curve, loss_unit
 from fedtune.report.differences import differences, settings_table, warnings
 from fedtune.report.drawing import png, svg
 from fedtune.report.planner_choices import idle
@@ -127,13 +127,13 @@ def write_comparison(runs: Sequence[Path], out: Path, settings: ProtocolSettings
     out.mkdir(parents=True, exist_ok=True)
     three = protocols(comparison.groups, settings)
     replace_text(out / "comparison.json", json.dumps(nan_to_null(numbers_of(comparison, three)), indent=1) + "\n")
-    cards = []
+    cards, unit = [], loss_unit(run for members in comparison.groups for run in members)
     for name, (title, lines) in {
         "comparison": shared_loss(comparison.groups),
         "deployed": deployed_loss(comparison.groups),
     }.items():
         if lines:
-            figure = curves(title, lines)
+            figure = curves(title, lines, unit)
             (out / f"{name}.png").write_bytes(png(figure))
             heading = f"{title[0].upper()}{title[1:]} by round, traffic and time"
             drawing = svg(figure, name=name, title=heading)
@@ -145,6 +145,7 @@ def write_comparison(runs: Sequence[Path], out: Path, settings: ProtocolSettings
         title="fedtune comparison",
         heading=_heading(comparison),
         results=comparison_table(comparison),
+        loss_unit=unit,
         differences=difference_table(comparison),
         settings=differing_settings(comparison),
         protocols=protocol_tables([row.name for row in comparison.rows], three),

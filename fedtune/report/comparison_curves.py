@@ -79,7 +79,7 @@ def deployed_loss(groups: Sequence[Sequence[Run]]) -> tuple[str, list[CurveOverS
 
 
 @styled
-def curves(title: str, lines: Sequence[CurveOverSeeds]) -> Figure:
+def curves(title: str, lines: Sequence[CurveOverSeeds], unit: str = "nats per token") -> Figure:
     """Draw each recipe's loss by round, by bytes and by time: the devices' where all have it."""
     legend_rows = -(-len(lines) // 3)
     figure = new_figure(9.6, 3.1 + 0.2 * legend_rows)
@@ -88,7 +88,7 @@ def curves(title: str, lines: Sequence[CurveOverSeeds]) -> Figure:
     horizontal: tuple[Against, ...] = ("rounds", "bytes", "clock" if timed else "seconds")
     for axes, against in zip(panels, horizontal, strict=True):
         _draw(axes, lines, against)
-    panels[0].set_ylabel(f"{title} (nats per token)")
+    panels[0].set_ylabel(f"{title} ({unit})")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return figure
 

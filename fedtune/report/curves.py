@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,6 +130,17 @@ def evaluations(run: Run) -> tuple[Evaluation, Evaluation]:
         return run.summary.before, run.summary.after
     evaluated = [record for record in run.rounds if record.test or record.held_out]
     return (_evaluation(evaluated[0]), _evaluation(evaluated[-1])) if evaluated else (Evaluation(), Evaluation())
+
+
+def loss_unit(runs: Iterable[Run]) -> str:
+    """Return what the losses of runs are of: nats per token, or per pair of answers where all of them compare such."""
+    pairs = [any(scores.reward_accuracy is not None for scores in _all_scores(run)) for run in runs]
+    return "nats per pair" if pairs and all(pairs) else "nats per token"
+
+
+def _all_scores(run: Run) -> Iterator[Scores]:
+    for evaluation in evaluations(run):
+        yield from (scores for scores in (evaluation.test, *evaluation.held_out.values()) if scores)
 
 
 def _evaluation(record: RoundRecord) -> Evaluation:

@@ -18,6 +18,7 @@ from fedtune.report.curves import (
     Floats,
     kinds,
     loss_curve,
+    loss_unit,
     paired_losses,
     training_rounds,
 )
@@ -87,7 +88,7 @@ def loss(run: Run, against: Against) -> Figure | None:
         marker=".",
         markevery=every,
     )
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss ({loss_unit([run])})")
     axes.margins(x=0.02)
     figure.legend(loc="outside upper left", ncols=2)
     return figure
@@ -294,7 +295,7 @@ def before_after(run: Run) -> Figure | None:
     axes.set_ylim(len(pairs) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel("held-out loss (nats per token)")
+    axes.set_xlabel(f"held-out loss ({loss_unit([run])})")
     figure.legend(loc="outside upper left", ncols=3)
     return figure
 

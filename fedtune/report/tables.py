@@ -7,7 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from fedtune.report.curves import Floats, client_names, evaluations, kinds, loss_curve, paired_losses, training_rounds
+from fedtune.report.curves import (
+    Floats,
+    client_names,
+    evaluations,
+    kinds,
+    loss_curve,
+    loss_unit,
+    paired_losses,
+    training_rounds,
+)
 from fedtune.report.reader import Evaluation, FailureRecord, Run, Scores, finite
 from fedtune.report.rendering import Table
 from fedtune.report.units import NOTHING, bytes_text, number_text, seconds_text
@@ -145,7 +154,7 @@ def scores(run: Run) -> Table | None:
     )
     rows = []
     for where, old, new in pairs:
-        for key, title in METRICS.items():
+        for key, title in {**METRICS, "loss": f"loss ({loss_unit([run])})"}.items():
             first, last = _metric(old, key), _metric(new, key)
             if first is None and last is None:
                 continue

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.report import tables
 from fedtune.report.curves import (
     client_names,
     evaluations,
     gains,
     kinds,
     loss_curve,
+    loss_unit,
     natural,
     paired_losses,
     stall_text,
@@ -53,6 +55,20 @@ def test_without_a_summary_the_first_and_last_evaluated_rounds_are_before_and_af
         assert scores.held_out == {name: scores_of(metrics) for name, metrics in record.held_out.items()}
     assert after.worst is not None
     assert after.worst.client == "client-1"
+
+
+def test_losses_are_of_pairs_where_every_run_compares_answers(write_run: WriteRun) -> None:
+    def edit(lines: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+        for evaluation in (summary["before"], summary["after"]):
+            evaluation["test"] = {"loss": 0.5, "reward_accuracy": 0.75, "examples": 4}
+
+    compares, other = read_run(write_run("pairs", edit=edit)), read_run(write_run())
+    assert loss_unit([compares]) == "nats per pair"
+    assert loss_unit([other]) == loss_unit([compares, other]) == loss_unit([]) == "nats per token"
+    table = tables.scores(compares)
+    assert table is not None
+    rows = {row[1] for row in table.rows}
+    assert {"loss (nats per pair)", "reward accuracy"} <= rows
 
 
 def test_pairs_are_sorted_by_the_loss_after(write_run: WriteRun) -> None:
