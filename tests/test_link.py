@@ -42,6 +42,12 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "method": {"name": "fedkseed", "seeds": 64},
         "client": {"steps": 4, "batch": 2, "learning_rate": 2e-4},
     },
+    # Virtual tokens in place of factors; their encoder is drawn alike at every site.
+    "p-tuning": {
+        "adapter": {"kind": "p-tuning", "tokens": 6, "send": "encoder", "hidden": 16},
+        "method": {"name": "fedit"},
+        "client": {"steps": 2, "batch": 2, "learning_rate": 5e-3},
+    },
     # Some clients descend and one probes; the first round measures.
     "fedkseed both": {
         "method": {"name": "fedkseed", "seeds": 64, "verb": "auto", "groups": 2},
@@ -67,6 +73,12 @@ def dolly(shared: Path, stories: Path, method: str) -> dict[str, Any]:
         },
         "evaluate": {"examples": 2, "client_examples": 1},
     }
+
+
+def at_a_site(tables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the table `adapter` of a site's file for a recipe."""
+    adapter = tables.get("adapter", {})
+    return adapter if "kind" in adapter else {"targets": ["q_proj", "up_proj"]}
 
 
 def ranks(method: str, names: Sequence[str] = CLIENTS) -> str:
@@ -95,8 +107,7 @@ def test_sites_over_grpc_come_to_the_state_of_the_simulated_run(
     tables, names = dolly(shared, stories, method), CLIENTS[:sites]
     tables["rounds"]["min_clients"] = tables["data"]["split"]["clients"] = sites
     text = toml(tables) + ranks(method, names)
-    adapter = {"targets": ["q_proj", "up_proj"]}
-    own = toml({"model": tables["model"], "adapter": adapter, "data": tables["data"]})
+    own = toml({"model": tables["model"], "adapter": at_a_site(tables), "data": tables["data"]})
     with federation(tmp_path, text, names, site=dict.fromkeys(names, own)) as fed:
         fed.serve()
         for name in names:
@@ -139,8 +150,7 @@ def test_kills_of_server_and_site_change_no_bit_of_a_real_run(
 ) -> None:
     tables = dolly(shared, stories, method)
     text = toml(tables) + ranks(method)
-    adapter = {"targets": ["q_proj", "up_proj"]}
-    own = toml({"model": tables["model"], "adapter": adapter, "data": tables["data"]})
+    own = toml({"model": tables["model"], "adapter": at_a_site(tables), "data": tables["data"]})
     with federation(tmp_path, text, CLIENTS, site=dict.fromkeys(CLIENTS, own)) as fed:
         fed.serve()
         for name in CLIENTS:

@@ -170,7 +170,9 @@ class Base:
     def matrices(self) -> Collection[str]:
         """Names of the matrices of the adapted layers, and of modules_to_save that are linear layers."""
         parameters = dict(self.model.named_parameters())
-        return {f"{name}.weight" for name in self.modules} | {n for n in self.saved if parameters[n].dim() == 2}
+        return {f"{name}.weight" for name in self.modules} | {
+            n for n in self.saved if n in parameters and parameters[n].dim() == 2
+        }
 
     def blueprint(self, *, max_rank: int, seed: int, whole: bool = False) -> Blueprint:
         """Return what a method must know of this model before the first round; `whole`: with every tensor's entry."""

@@ -20,4 +20,5 @@ def token_layers(base: Base) -> Sequence[str]:
     weights = {id(table.weight) for table in tables if table is not None}
     parameters = dict(base.model.named_parameters())
     adapted = [name for name in base.modules if id(base.model.get_submodule(name).weight) in weights]
-    return [*adapted, *(name for name in base.saved if id(parameters[name]) in weights)]
+    # Virtual tokens are no parameters of the base: they have rows of their own, and none for a token of a text.
+    return [*adapted, *(name for name in base.saved if name in parameters and id(parameters[name]) in weights)]

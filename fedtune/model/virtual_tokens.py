@@ -147,7 +147,12 @@ def with_virtual_tokens(model: Any, tokens: VirtualTokens, values: Tensors, *, t
         # transformers gives the cache another name from release to release: the last one that this body has.
         caches = [given.pop(name, None) for name in CACHE_NAMES]
         cache = next((cache for cache in caches if cache is not None), None)
-        return read(partial(call, plain, cache_name), given, cache, model, tokens)
+        output = read(partial(call, plain, cache_name), given, cache, model, tokens)
+        stores = given.get("use_cache") is not False or isinstance(output, tuple)
+        if cache is None and tokens.kind == "prefix" and not stores:
+            # Generation that stores nothing must not take the prefix for what it has read.
+            setattr(output, cache_name, None)
+        return output
 
     body.forward = forward
     try:
@@ -194,10 +199,10 @@ def read(plain: Callable[..., Any], given: dict[str, Any], cache: Any, model: An
         model: with the virtual tokens attached.
         tokens: their kind and number.
     """
-    ids, embeds, fresh = given.get("input_ids"), given.get("inputs_embeds"), cache is None
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     rows = int(given["input_ids"].shape[0] if embeds is None else embeds.shape[0])
     # A text that goes on has in its cache what was put before it.
-    begins = fresh or cache.get_seq_length() == 0
+    begins = cache is None or cache.get_seq_length() == 0
     ahead = tokens.count if begins and tokens.kind != "prefix" else 0
     values = dict(getattr(model, MODULE).named_parameters())
     if begins and tokens.kind == "prefix":
@@ -214,11 +219,6 @@ def read(plain: Callable[..., Any], given: dict[str, Any], cache: Any, model: An
         first = torch.arange(ahead, device=places.device).expand(places.shape[0], -1)
         given["position_ids"] = torch.cat([first, places + tokens.count], 1)
     output = plain(given, cache)
-    if fresh and given.get("use_cache") is False:
-        # Generation that stores nothing must not take the prefix for what it has read.
-        for name in CACHE_NAMES:
-            if getattr(output, name, None) is not None:
-                setattr(output, name, None)
     if ahead and isinstance(output, tuple):
         return (output[0][:, ahead:], *output[1:])
     if ahead:

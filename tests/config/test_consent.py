@@ -71,6 +71,7 @@ class Watched:
     profiles: Mapping[str, ClientProfile]
     seen: list[tuple[int, str]] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
+    orders: list[Assignment] = field(default_factory=list)
 
     def clients(self) -> Any:
         return self.inner.clients()
@@ -79,6 +80,7 @@ class Watched:
         for name, encoded in orders.items():
             order = decode_outline(encoded.header)
             self.seen.append((order.round, name))
+            self.orders.append(order)
             found = order_differences(self.recipe, self.profiles[name], order)
             self.differing += [f"round {order.round}, {name}: {one}" for one in found]
         return self.inner.exchange(orders, rule)
@@ -106,6 +108,50 @@ def test_no_order_of_an_honest_run_is_vetoed(name: str, tmp_path: Path, monkeypa
     result = watched(bind(recipes()[name]))
     assert len({number for number, _ in result.seen}) == 3
     assert result.differing == []
+
+
+def of_tokens(**adapter: Any) -> Recipe:
+    """Return a recipe of the tests whose clients train virtual tokens."""
+    tables = {key: value for key, value in recipes()["fedit"].items() if key != "override"}
+    client = {**tables["client"], "dropout": 0.0}
+    return bind({**tables, "rounds": {"count": 1}, "client": client, "adapter": {"tokens": 3, **adapter}})
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"kind": "prefix"},
+        pytest.param({"kind": "prompt"}, marks=pytest.mark.slow),
+        pytest.param({"kind": "p-tuning", "send": "encoder", "hidden": 8}, marks=pytest.mark.slow),
+    ],
+)
+def test_an_order_for_virtual_tokens_passes_and_any_other_tensor_is_vetoed(
+    adapter: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    recipe, lora = of_tokens(**adapter), bind(recipes()["fedit"])
+    result = watched(recipe)
+    assert result.differing == []
+    assert len(result.seen) == 3
+    order = result.orders[-1]
+    own, task = result.profiles[order.plan.client], order.lora
+    assert set(task.blobs) == {"saved"}
+    name, tensor = next(iter(task.blobs["saved"].items()))
+
+    def vetoes(**blobs: Tensors) -> list[str]:
+        changed = replace(order, task=replace(task, blobs={**task.blobs, **blobs}))
+        return [str(one) for one in order_differences(recipe, own, changed)]
+
+    assert any("as saved" in text for text in vetoes(saved={name: np.concatenate([tensor, tensor])}))
+    assert any("as saved" in text for text in vetoes(saved={**task.blobs["saved"], "lm_head.weight": tensor}))
+    factor = {"model.layers.0.self_attn.q_proj.a": np.ones((1, 4), np.float32)}
+    assert vetoes(local=factor)
+    assert vetoes(**{"global": factor})
+    # A site whose own file says factors, under the same recipe, and the other way round.
+    [layers, *_] = profiles(prepare(lora)).values()
+    assert any("this site's file must name too" in str(one) for one in order_differences(recipe, layers, order))
+    assert any("this site's file must name too" in str(one) for one in order_differences(lora, own, order))
 
 
 def test_no_order_of_a_run_whose_clients_train_the_upper_blocks_is_vetoed(

@@ -23,6 +23,7 @@ from fedtune.model.evaluate import continue_text
 from fedtune.model.lora import with_adapters
 from fedtune.model.loss import summed_loss
 from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.model.token_layers import token_layers
 from fedtune.model.train import train
 from fedtune.model.virtual_tokens import VirtualTokens, misread, with_virtual_tokens
 from tests.model import families
@@ -38,7 +39,7 @@ KINDS = (
 def load_kind(folder: Path, *, dtype: str = "float32", seed: int = 0, sizes: bool = False, **adapter: Any) -> Base:
     settings = ModelSettings(base=str(folder), dtype=dtype, device="cpu")  # type: ignore[arg-type]
     tokenizer = load_tokenizer(settings, Path())
-    wanted = AdapterSettings(**{"tokens": 5, **adapter})
+    wanted = AdapterSettings(**({} if adapter.get("kind") == "lora" else {"tokens": 5}), **adapter)
     return (sized_base if sizes else load)(settings, wanted, tokenizer=tokenizer, root=Path(), seed=seed)
 
 
@@ -294,3 +295,9 @@ def test_an_encoder_is_scored_by_what_is_exported(checkpoints: dict[str, Path]) 
             scored = base.model(input_ids=ids).logits
         with with_virtual_tokens(base.model, VirtualTokens("prompt", 5, flat), flat, trainable=False):
             torch.testing.assert_close(base.model(input_ids=ids).logits, scored, rtol=0, atol=0)
+
+
+def test_they_are_no_rows_of_tokens_and_no_matrices_of_the_base(base: Base) -> None:
+    assert token_layers(base) == []
+    assert base.matrices == set()
+    assert base.manifest.entries == load_kind(Path(base.path), kind="lora", targets=["all-linear"]).manifest.entries
