@@ -39,7 +39,8 @@ KINDS = (
 def load_kind(folder: Path, *, dtype: str = "float32", seed: int = 0, sizes: bool = False, **adapter: Any) -> Base:
     settings = ModelSettings(base=str(folder), dtype=dtype, device="cpu")  # type: ignore[arg-type]
     tokenizer = load_tokenizer(settings, Path())
-    wanted = AdapterSettings(**({} if adapter.get("kind") == "lora" else {"tokens": 5}), **adapter)
+    usual: Any = {} if adapter.get("kind") == "lora" else {"tokens": 5}
+    wanted = AdapterSettings(**{**usual, **adapter})
     return (sized_base if sizes else load)(settings, wanted, tokenizer=tokenizer, root=Path(), seed=seed)
 
 
