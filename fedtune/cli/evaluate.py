@@ -53,7 +53,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Benchmarks with commas between: mmlu, arc, gsm8k; of a run also loss, rouge, clients.",
+            help="Benchmarks with commas between: mmlu, arc, gsm8k, humaneval; of a run also loss, rouge, clients.",
         ),
     ] = None,
     base: Annotated[
@@ -77,6 +77,18 @@ def evaluate(
     official: Annotated[
         bool,
         typer.Option("--official", help="Have lm-eval (the extra `eval`) ask the --tasks of the exported model."),
+    ] = False,
+    allow_code: Annotated[
+        bool,
+        typer.Option("--allow-code-execution", help="Let --tasks humaneval run the programs that the model writes."),
+    ] = False,
+    samples: Annotated[int, typer.Option(min=1, max=1000, help="Programs of each problem of humaneval.")] = 1,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, max=10, help="Of sampling programs; without it greedy for one sample, 0.8 for more."),
+    ] = None,
+    unconfined: Annotated[
+        bool, typer.Option("--unconfined", help="Run programs also where they cannot be kept from network and files.")
     ] = False,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the scores of --tasks here, as JSON.")
@@ -107,14 +119,17 @@ def evaluate(
             raise typer.BadParameter(f"expected a file in a folder that is there; got {output}", param_hint="--output")
         if official and skip_long:
             raise typer.BadParameter("expected none with --official: lm-eval cuts long items", param_hint="--skip-long")
+        from fedtune.evaluation.sandbox import Limits
+        from fedtune.runs.code_scores import CodeSettings
         from fedtune.runs.official_scores import score_officially
         from fedtune.runs.task_scores import score_tasks
 
+        code = CodeSettings(allow_code, samples, temperature, Limits(confined=not unconfined))
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         scores = run_with_progress(
             "evaluate",
             quiet,
-            lambda watch: (score_officially if official else partial(score_tasks, skip_long=skip_long))(
+            lambda watch: (score_officially if official else partial(score_tasks, skip_long=skip_long, code=code))(
                 str(target),
                 names,
                 data={task: Path(path) for task, path in pairs(data or (), "--data", "TASK=PATH").items()},

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from fedtune.errors import ConfigError, Fault
-from fedtune.evaluation import gsm8k, multiple_choice
+from fedtune.evaluation import gsm8k, humaneval, multiple_choice
 from fedtune.evaluation.files import Row, read_rows, split_file
 from fedtune.evaluation.items import Problem, Question
 from fedtune.seeds import derive, generator
@@ -22,8 +22,8 @@ class Task:
     """A benchmark with published files."""
 
     name: str
-    kind: Literal["choice", "answer"]
-    """How it is scored: by the likelihood of options, or by what the model writes."""
+    kind: Literal["choice", "answer", "code"]
+    """How it is scored: by the likelihood of options, by what the model writes, or by what its programs do."""
     source: str
     """Where its files can be had."""
     columns: str
@@ -64,6 +64,15 @@ TASKS: Mapping[str, Task] = {
             shots=8,
             shown=("train",),
             read=gsm8k.problems,
+        ),
+        Task(
+            name="humaneval",
+            kind="code",
+            source="the data set openai/openai_humaneval or github.com/openai/human-eval",
+            columns="prompt, test, entry_point",
+            shots=0,
+            shown=(),
+            read=humaneval.problems,
         ),
     )
 }

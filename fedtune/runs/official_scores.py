@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.errors import ConfigError, ExtraError, Fault
 from fedtune.evaluation.multiple_choice import MMLU_INTRODUCTION, arc_row, mmlu_row
 from fedtune.evaluation.tasks import TASKS, Asked, load
+from fedtune.lora.virtual_tokens import are_virtual
 from fedtune.rounds.events import Note, Phase, Watch
 from fedtune.runs.export import export
 from fedtune.runs.task_scores import Encoded, Values, check_names, needed, result, tokens_of
@@ -111,6 +112,8 @@ def model_arguments(source: str, target: Target, tuned: bool, merged: Path) -> M
         return device | {"pretrained": base.path}
     if not (Path(source) / "recipe.toml").is_file():
         return device | {"pretrained": base.path, "peft": source}
+    if are_virtual(target.speaker.tuned.saved):  # no change of weights: there is nothing to merge
+        return device | {"pretrained": base.path, "peft": str(export(source, form="peft", out=merged))}
     return device | {"pretrained": str(export(source, form="merged", out=merged))}
 
 

@@ -15,9 +15,11 @@ from fedtune.evaluation import gsm8k, intervals
 from fedtune.evaluation.intervals import Estimate
 from fedtune.evaluation.items import Problem, Question
 from fedtune.evaluation.multiple_choice import choose
+from fedtune.evaluation.sandbox import Outcome
 from fedtune.evaluation.tasks import TASKS, Asked, load
 from fedtune.rounds.events import Note, Phase, Watch
 from fedtune.runs.chat import attach
+from fedtune.runs.code_scores import CodeSettings, check_code, code_result, run_tests
 from fedtune.runs.own_scores import OWN, open_scored_run, own_scores
 from fedtune.runs.task_target import open_target
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 # torch and transformers take seconds to import, so `model` is imported where it is needed.
 
+NO_CODE = CodeSettings()
+"""No program is run."""
 Values = Mapping[str, Sequence[float]]
 """By measure, the score of every item."""
 
@@ -56,6 +60,7 @@ def score_tasks(
     new_tokens: int = 256,
     batch: int = 8,
     skip_long: bool = False,
+    code: CodeSettings = NO_CODE,
     watch: Watch = lambda event: None,
 ) -> Mapping[str, Any]:
     """Ask benchmarks of a run, an adapter or a base, and return their scores as JSON has them.
@@ -70,6 +75,7 @@ def score_tasks(
         new_tokens: of an answer at most.
         batch: items per forward pass.
         skip_long: leave out items that do not fit the model's positions, and count them.
+        code: how programs are sampled and run, and whether they may be.
         watch: called with each step.
 
     Raises:
@@ -77,6 +83,7 @@ def score_tasks(
     """
     check_names(names, data, shots or {})
     names = list(dict.fromkeys(names))
+    check_code(code, names)
     asked = [
         load(TASKS[name], data=data, shots=(shots or {}).get(name), limit=limit) for name in names if name in TASKS
     ]
@@ -95,14 +102,34 @@ def score_tasks(
             positions = target.speaker.base.positions
             watch(Note(f"{part.asked.task.name}: {part.too_long} items are longer than {positions} tokens: left out"))
     values: dict[str, dict[str, Values]] = {part.asked.task.name: {} for part in encoded}
+    outcomes: dict[str, Sequence[Sequence[Outcome]]] = {}
     for view, tuned in target.views.items():
         with attach(target.speaker, tuned=tuned) as net:
             for part in encoded:
                 name = part.asked.task.name
                 progress = steps(watch, f"{name}, {view}", len(part.items))
+                if part.asked.task.kind == "code":
+                    outcomes[view] = run_tests(
+                        net,
+                        target.speaker.base,
+                        part.items,  # type: ignore[arg-type]
+                        part.tokens,  # type: ignore[arg-type]
+                        code,
+                        new_tokens=new_tokens,
+                        batch=batch,
+                        progress=progress,
+                    )
+                    continue
                 score = choices if part.asked.task.kind == "choice" else generated_answers
                 values[name][view] = score(net, target.speaker.base, part, batch, new_tokens, progress)
-    results = {part.asked.task.name: result(part, values[part.asked.task.name], new_tokens) for part in encoded}
+    results = {
+        part.asked.task.name: (
+            {**facts_of(part, new_tokens), **code_result(outcomes, code)}
+            if part.asked.task.kind == "code"
+            else result(part, values[part.asked.task.name], new_tokens)
+        )
+        for part in encoded
+    }
     if experiment is not None:
         results |= own_scores(target, experiment, own, limit=limit, new_tokens=new_tokens, batch=batch, watch=watch)
     facts = {"quick": True, "target": source, **target.facts()}
@@ -140,7 +167,7 @@ def tokens_of(asked: Asked, items: Sequence[Any], base: Base) -> Sequence[Any]:
     from fedtune.model.libraries import quiet
 
     with quiet():  # transformers warns of texts longer than the model reads, which are refused below
-        if asked.task.kind == "answer":
+        if asked.task.kind != "choice":
             return [open_ids(base.tokenizer, item.prompt, special=True) for item in items]
         options = [[continuation(base, item.prompt, option) for option in item.options] for item in items]
     for item, answers in zip(items, options, strict=True):
@@ -166,7 +193,7 @@ def too_long(asked: Asked, base: Base, count: int, new_tokens: int) -> Fault:
         if all(needed(part, new_tokens) <= base.positions for part in tokens):
             hint = f"set --shots {name}={shots}, with which all fit, or --skip-long to leave them out and count them"
             break
-    answer = f" with {new_tokens} tokens of an answer" if asked.task.kind == "answer" else ""
+    answer = f" with {new_tokens} tokens of an answer" if asked.task.kind != "choice" else ""
     expected = f"items of at most {base.positions} tokens{answer}, the model's positions"
     return Fault(f"--tasks {name}", expected, f"{count} of {len(asked.rows)} longer ones, {asked.shots} shots", hint)
 
@@ -208,8 +235,8 @@ def generated_answers(
     return {measure: [score[measure] for score in scores] for measure in scores[0]}
 
 
-def result(part: Encoded, values: Mapping[str, Values], new_tokens: int) -> Mapping[str, Any]:
-    """Return one benchmark's scores as JSON has them."""
+def facts_of(part: Encoded, new_tokens: int) -> Mapping[str, Any]:
+    """Return how a benchmark was asked."""
     asked = part.asked
     facts: dict[str, Any] = {
         "file": str(asked.path),
@@ -220,8 +247,14 @@ def result(part: Encoded, values: Mapping[str, Values], new_tokens: int) -> Mapp
         "shots": asked.shots,
         "method": "log-likelihood of the options" if asked.task.kind == "choice" else "greedy",
     }
-    if asked.task.kind == "answer":
+    if asked.task.kind != "choice":
         facts["new_tokens"] = new_tokens
+    return facts
+
+
+def result(part: Encoded, values: Mapping[str, Values], new_tokens: int) -> Mapping[str, Any]:
+    """Return one benchmark's scores as JSON has them."""
+    facts = facts_of(part, new_tokens)
     measures = {measure: compare({view: own[measure] for view, own in values.items()}) for measure in first(values)}
     groups = [item.group for item in part.items if isinstance(item, Question) and item.group]
     if groups:

@@ -61,4 +61,14 @@ def remarks(scores: Mapping[str, Any]) -> Iterator[str]:
         shots = f"{task['shots']} shots, " if "file" in task else ""
         asked = task["items"] + task["too_long"]
         drawn = f", {asked} drawn of {task['rows']}" if asked < task["rows"] else ""
+        if "samples" in task:
+            asked_for = f"{task['samples']} samples at temperature {task['temperature']:g}"
+            yield printable(f"{name}: {asked_for}; {outcomes(task)}")
         yield printable(f"{name}: {shots}{task['method']}{answer}{drawn}{left}")
+
+
+def outcomes(task: Mapping[str, Any]) -> str:
+    """Return how many programs ran out of memory, which are no samples, and out of time, which have failed."""
+    memory, time = sum(task["out_of_memory"].values()), sum(task["timeouts"].values())
+    place = "confined" if task["limits"]["confined"] else "not confined"
+    return f"{place}; {memory} programs out of memory and not counted, {time} out of time"

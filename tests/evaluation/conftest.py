@@ -33,3 +33,8 @@ def arc_row(number: int = 0, **changes: Any) -> dict[str, Any]:
 def gsm8k_row(number: int = 0, **changes: Any) -> dict[str, Any]:
     answer = f"{number}+1=<<{number}+1={number + 1}>>{number + 1}\n#### {number + 1}"
     return {"question": f"What is {number} plus 1?", "answer": answer} | changes
+
+
+def humaneval_row(**changes: Any) -> dict[str, Any]:
+    test = "def check(candidate):\n    assert candidate(1, 2) == 3\n"
+    return {"prompt": 'def add(a, b):\n    """Add."""\n', "test": test, "entry_point": "add"} | changes

@@ -147,6 +147,33 @@ def test_a_limit_and_the_batch_change_no_answer(checkpoints: dict[str, Path], da
     assert (few["rows"], few["items"]) == (4, 2)
 
 
+@pytest.mark.parametrize("kind", ["prefix", "p-tuning", "prompt"])
+def test_virtual_tokens_are_read_before_every_item_of_a_batch(
+    tables: dict[str, Any], tmp_path: Path, kind: str
+) -> None:
+    from fedtune.data.prompts import open_ids
+    from fedtune.model.answers import continuation, continuations, log_likelihoods
+    from fedtune.model.evaluate import continue_text
+    from fedtune.runs.chat import attach
+
+    adapter = {"kind": kind, "tokens": 5}
+    recipe = tables | {"adapter": adapter, "override": [], "method": {"name": "fedit"}, "rounds": {"count": 1}}
+    target = open_target(str(api.simulate(recipe, out=tmp_path / "run").path), base=None, watch=lambda event: None)
+    base = target.speaker.base
+    texts = ("the dog", "the lazy dog sleeps over", "a")
+    answers = [continuation(base, text, end) for text in texts for end in (" fox", " quick brown dog")]
+    prompts = [open_ids(base.tokenizer, text, special=True) for text in texts]
+    with attach(target.speaker, tuned=True) as net:
+        together = log_likelihoods(net, base, answers, batch=6)
+        alone = [log_likelihoods(net, base, [answer], batch=1)[0] for answer in answers]
+        written = continuations(net, base, prompts, new_tokens=6, batch=3)
+        assert list(written) == [continue_text(net, base, ids, new_tokens=6) for ids in prompts]
+    with attach(target.speaker, tuned=False) as net:
+        before = log_likelihoods(net, base, answers, batch=6)
+    assert together == pytest.approx(alone, abs=1e-4)
+    assert max(abs(a - b) for a, b in zip(together, before, strict=True)) > 1e-3
+
+
 def test_options_for_tasks_that_are_not_asked_are_refused(data: Mapping[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         score_tasks("none", ["arc", "mmul"], data=data, shots={"gsm8k": 1})
