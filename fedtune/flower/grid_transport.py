@@ -122,6 +122,8 @@ class GridTransport:
         self._waited_s: dict[str, float] = {}  # for hellos of a name that is bound to a key, all together
         self._known: set[str] = set()  # such names that were connected once
         self._unsolicited: list[UnsolicitedReply] = []  # for the next exchange to tell
+        self._lasting: dict[str, str] = {}  # clients by message id, of orders that may outlast their round
+        self._answers: list[Answer] = []  # to such orders, which nothing has received yet
         self._common = CommonModel(base=base, labels=labels, on_base=on_base)
         # Initial values may be large: clients that agree share one copy, which goes with the last of them.
         self._foundations: WeakValueDictionary[tuple[object, ...], ModelSpec] = WeakValueDictionary()
@@ -140,17 +142,56 @@ class GridTransport:
             raise RoundError(self._too_few_message(self._clock() - began))
         # A client that leaves later must not hold up every round after it.
         self._expected = self._least
-        return [
-            Client(
-                name,
-                self.profiles[name].num_examples,
-                self.profiles[name].device.memory_bytes,
-                self._organisation(name),
-                self.profiles[name].device.s_per_tflop,
-                self.profiles[name].device.s_per_mb,
-            )
-            for name in sorted(self._free())
-        ]
+        return [self._client(name) for name in sorted(self._free())]
+
+    def _client(self, name: str) -> Client:
+        profile = self.profiles[name]
+        return Client(
+            name,
+            profile.num_examples,
+            profile.device.memory_bytes,
+            self._organisation(name),
+            profile.device.s_per_tflop,
+            profile.device.s_per_mb,
+        )
+
+    def idle(self) -> Sequence[Client]:
+        """Return the clients that are connected, fit and not busy, after a look for new ones; does not wait."""
+        self._look()
+        return [self._client(name) for name in sorted(self._free())]
+
+    def send(self, orders: Mapping[str, EncodedAssignment], seconds: float) -> Sequence[Failure]:
+        """Send orders that may outlast their round, and return the failures of clients that they do not reach."""
+        if not orders.keys() <= self._nodes().keys():  # after a restart
+            self._await_cohort(orders.keys(), 1)
+        waiting, failures = self._send(orders, MessageType.TRAIN, seconds + LATE_S)
+        self._lasting |= waiting
+        return failures
+
+    def receive(self, seconds: float) -> Answer | None:
+        """Return the next answer to such an order, or what came unasked; None if none comes in so long."""
+        began, pause = self._clock(), FIRST_PAUSE_S
+        while True:
+            self._look()
+            if self._answers:
+                return self._answers.pop(0)
+            if self._unsolicited:
+                return self._unsolicited.pop(0)
+            left_s = seconds - (self._clock() - began)
+            if left_s <= 0:
+                return None
+            self._sleep(min(pause, left_s))
+            pause = min(2 * pause, LAST_PAUSE_S)
+
+    def withdraw(self, client: str) -> None:
+        """Wait no more for a client's order; the client is busy until it answers, or Flower drops the order."""
+        self._lasting = {message_id: name for message_id, name in self._lasting.items() if name != client}
+
+    def _look(self) -> None:
+        """Greet new clients, and take what has come."""
+        self._send_hellos()
+        for message_id, sent, reply in self._pull():
+            self._sort_reply(message_id, sent, reply)
 
     @property
     def foundation(self) -> ModelSpec:
@@ -212,7 +253,7 @@ class GridTransport:
                     num_replies += isinstance(answer, Reply)
                     yield answer
                 else:
-                    self._sort_reply(sent, reply)
+                    self._sort_reply(message_id, sent, reply)
             yield from self._drain_unsolicited()
             patience_s = 0.0 if num_replies >= rule.quorum else rule.grace_s
             if rule.deadline_s is not None and self._clock() - began >= rule.deadline_s + patience_s:
@@ -267,9 +308,7 @@ class GridTransport:
         """Send hellos and sort the replies, until `done` or `patience_s` have passed."""
         began, pause = self._clock(), FIRST_PAUSE_S
         while True:
-            self._send_hellos()
-            for _, sent, reply in self._pull():
-                self._sort_reply(sent, reply)
+            self._look()
             if done() or self._clock() - began >= self._patience_s:
                 return
             self._sleep(pause)
@@ -302,12 +341,15 @@ class GridTransport:
             if self._push(sent, pack(encode_terms(self._common.labels), {}), HELLO) is None:
                 self._reject(node, bound[node], "a hello to it was not accepted for delivery", again_s=AGAIN_S)
 
-    def _sort_reply(self, sent: SentMessage, reply: Message) -> None:
-        """Admit a client that said hello; note an answer to an earlier round."""
+    def _sort_reply(self, message_id: str, sent: SentMessage, reply: Message) -> None:
+        """Admit a client that said hello; keep the answer to an order that lasts; note one to an earlier round."""
         if sent.kind == "hello":
             self._admit(sent, reply)
             return
         answer = decode_reply(sent.client, reply)
+        if self._lasting.pop(message_id, None) is not None:
+            self._answers.append(answer)
+            return
         self._unsolicited.append(
             UnsolicitedReply(sent.client, f"late, dropped: {answer.reason}")
             if isinstance(answer, Failure)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from fedtune.errors import ConfigError, Fault
+from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.messages import AdmittedUpdate, Client, Failure, Outcome, PlannedClient, Traffic
 from fedtune.methods import serialization as states
 from fedtune.rounds.aggregation import Aggregated, aggregate
@@ -17,6 +17,7 @@ from fedtune.rounds.context import RoundContext
 from fedtune.rounds.events import ClientFinished, Note, RoundStarted
 from fedtune.rounds.exchange import RoundReplies, RoundRequest, filter_by_norm, too_few, without_refused
 from fedtune.rounds.journal import UNFIT, Ask, OpenOrders
+from fedtune.rounds.live_courier import LiveCourier
 from fedtune.rounds.loop import (
     RoundResult,
     changed_assignments,
@@ -28,6 +29,7 @@ from fedtune.rounds.loop import (
 )
 from fedtune.rounds.pending import Courier, Pending, SimulatedCourier, pending_of
 from fedtune.rounds.schedule import rate_share, sample
+from fedtune.rounds.transport import LiveTransport
 from fedtune.rounds.weights import cap_note, counted_examples, public_weights
 
 
@@ -46,7 +48,7 @@ def run(context: RoundContext, *, start: Any | None = None, clock_s: float = 0.0
     """
     state = context.method.init(context.blueprint, context.settings) if start is None else start
     digest = states.digest(states.encode(state))
-    known, courier = context.journal.open_orders(state.round + 1), courier_of(context)
+    known, courier = context.journal.open_orders(state.round + 1), courier_of(context, clock_s)
     pending = restore_pending(context, state, known, courier)
     while state.round < context.schedule.count:
         began = time.perf_counter()
@@ -56,17 +58,21 @@ def run(context: RoundContext, *, start: Any | None = None, clock_s: float = 0.0
         state, digest, clock_s = result.state, result.digest, result.clock_s
         pending, known = buffer.pending, OpenOrders()
         yield result
+    for name in sorted(pending):
+        courier.give_up(name)
     if pending:
         names = ", ".join(sorted(pending)[:5]) + ", ..." * (len(pending) > 5)
         context.watch(Note(f"still at work when the last round ended, their updates are not used: {names}"))
 
 
-def courier_of(context: RoundContext) -> Courier:
-    """Return what brings orders and answers of a run.
+def courier_of(context: RoundContext, clock_s: float) -> Courier:
+    """Return what brings orders and answers of a run; `clock_s`: its seconds so far.
 
     Raises:
         ConfigError: if clients share this machine and no clock says when their updates come.
     """
+    if isinstance(context.transport, LiveTransport):
+        return LiveCourier(context, context.transport, began_s=clock_s)
     if context.clock is None:
         raise no_clock()
     return SimulatedCourier(context, context.clock)
@@ -158,8 +164,11 @@ class Buffer:
         self._give_up_stale()
         fleet = self._fleet()
         self._ask(fleet, self._places(fleet) - len(self.pending))
-        at_work = sorted({*self.pending, *self._settled})
-        self._context.watch(RoundStarted(self._number, self._context.schedule.count, tuple(at_work)))
+        while self._courier.live and self._asked < len(self._known.asks):
+            self._ask(fleet, 0)
+        if self._courier.live and self._known.used is not None:
+            self._settle_as_recorded()
+            return
         timed = self._settings.trigger == "time"
         while timed or self._used < self._goal:
             if not self.pending and not self._refill():
@@ -174,6 +183,15 @@ class Buffer:
             if timed or self._used < self._goal:
                 self._refill()
 
+    def _settle_as_recorded(self) -> None:
+        """Settle the clients that the journal names, of a round whose buffer was full when the process ended."""
+        for name in sorted({*(self._known.used or ()), *self._known.failures} & self.pending.keys()):
+            worker = self.pending[name]
+            self._courier.give_up(name)
+            if worker.outcome is None:
+                raise StoreError(f"round {self._number}: expected an update of {name}, as its buffer says; got none")
+            self._settle(worker)
+
     def _give_up_stale(self) -> None:
         """Settle the clients whose updates would have missed too many versions."""
         most = self._settings.max_staleness
@@ -183,6 +201,7 @@ class Buffer:
                 expected = f"an update within {most} versions (asynchronous.max_staleness)"
                 got = f"none: its order of round {worker.round} has missed {missed}"
                 failure = Failure(name, expected=expected, got=got, kind="late")
+                self._courier.give_up(name)
                 # What it would have sent never came.
                 self._settle(replace(worker, outcome=failure, traffic=Traffic(down=worker.traffic.down), time=None))
 
@@ -194,7 +213,7 @@ class Buffer:
 
     def _fleet(self) -> Sequence[Client]:
         # Transports list clients in any order, and they are drawn by position.
-        known = sorted(self._context.transport.clients(), key=lambda client: client.name)
+        known = sorted(self._courier.fleet(self.pending), key=lambda client: client.name)
         clock, number = self._context.clock, self._number
         here = [client for client in known if clock is None or clock.reachable(number, client.name)]
         if not here and not self.pending and clock is not None:
@@ -222,6 +241,10 @@ class Buffer:
         ask, recorded = self._next_ask(fleet, free)
         if not ask.clients and self._asked:
             return False
+        if not self._asked:
+            # Before the first order leaves: who watches may tell clients of the round.
+            at_work = sorted({*self.pending, *self._settled, *(client.name for client in ask.clients)})
+            self._context.watch(RoundStarted(self._number, self._context.schedule.count, tuple(at_work)))
         plans = self._context.planner.plan(self._context.planner.start(), self._number, ask.clients)
         fit = [client for client in ask.clients if isinstance(plans[client.name], PlannedClient)]
         unfit = {client.name: plans[client.name] for client in ask.clients if client not in fit}
@@ -252,6 +275,7 @@ class Buffer:
         idle = [client for client in fleet if client.name not in busy]
         seed, count = self._context.blueprint.seed, max(0, min(free, len(idle)))
         drawn = sample(idle, count, seed=seed, round=self._number, draw=self._asked) if count else ()
+        self._now_s = self._courier.now_s(self._now_s)
         return Ask(self._number, self._now_s, tuple(drawn)), False
 
     def finish(self, began: float) -> RoundResult:

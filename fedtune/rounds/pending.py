@@ -55,6 +55,23 @@ class Pending:
 class Courier(Protocol):
     """Brings orders to clients, and their answers back in the order in which they come."""
 
+    @property
+    def live(self) -> bool:
+        """Whether answers come when they come, and not as a clock says: then the journal knows their order."""
+        ...
+
+    def now_s(self, known_s: float) -> float:
+        """Return the seconds of the run so far; `known_s`: those at the last event."""
+        ...
+
+    def fleet(self, pending: Mapping[str, Pending]) -> Sequence[Client]:
+        """Return the clients that could be asked, and those at work, in any order; waits for one where none works."""
+        ...
+
+    def give_up(self, client: str) -> None:
+        """Wait no more for a client."""
+        ...
+
     def deliver(self, round: int, batch: Sequence[Pending], known: OpenOrders) -> Sequence[Pending]:
         """Send the orders of clients, but for those whose answers the journal holds, and return the clients.
 
@@ -105,6 +122,19 @@ class SimulatedCourier:
         self._context, self._clock = context, clock
         self._strays = list[UnsolicitedReply]()
 
+    @property
+    def live(self) -> bool:
+        return False
+
+    def now_s(self, known_s: float) -> float:
+        return known_s
+
+    def fleet(self, pending: Mapping[str, Pending]) -> Sequence[Client]:
+        return self._context.transport.clients()
+
+    def give_up(self, client: str) -> None:
+        """Do nothing: its work is done, and its update is dropped."""
+
     def deliver(self, round: int, batch: Sequence[Pending], known: OpenOrders) -> Sequence[Pending]:
         """Have every client do its work, and return them with outcomes and times."""
         done = dict[str, Pending]()
@@ -137,10 +167,8 @@ class SimulatedCourier:
         return replace(worker, time=time, arrives_s=worker.sent_s + time.seconds)
 
     def _drop(self, answer: Answer) -> None:
-        if not isinstance(answer, UnsolicitedReply):
-            answer = UnsolicitedReply(answer.client, "answered unasked; dropped", reply_bytes(answer))
-        self._strays.append(answer)
-        self._context.watch(Note(f"{answer.client}: {answer.reason}"))
+        self._strays.append(stray_of(answer))
+        self._context.watch(Note(f"{answer.client}: {self._strays[-1].reason}"))
 
     def arrive(self, round: int, pending: Mapping[str, Pending], until_s: float | None) -> Pending | None:
         """Return the client whose answer is there first; of two at the same time the first one by name."""
@@ -150,6 +178,13 @@ class SimulatedCourier:
     def strays(self) -> Iterator[UnsolicitedReply]:
         while self._strays:
             yield self._strays.pop(0)
+
+
+def stray_of(answer: Answer) -> UnsolicitedReply:
+    """Return an answer as one that nothing waits for."""
+    if isinstance(answer, UnsolicitedReply):
+        return answer
+    return UnsolicitedReply(answer.client, "answered unasked; dropped", reply_bytes(answer))
 
 
 def reply_bytes(answer: Reply | Failure) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from fedtune.messages import Assignment, Client, ClientUpdate, Failure
 from fedtune.wire.codec import EncodedAssignment
@@ -66,4 +66,30 @@ class Transport(Protocol):
         A client that does not reply in this round is a `Failure` of the kind `late`; nothing that one client does
         raises. Engines on one machine have no deadline: there every client is waited for.
         """
+        ...
+
+
+@runtime_checkable
+class LiveTransport(Transport, Protocol):
+    """A transport whose orders may outlast rounds: what was sent is answered when it is done, whatever came between."""
+
+    def idle(self) -> Sequence[Client]:
+        """Return the clients that could be asked now; does not wait for any."""
+        ...
+
+    def send(self, orders: Mapping[str, EncodedAssignment], seconds: float) -> Sequence[Failure]:
+        """Send orders whose answers `receive` gives, and return the failures of clients that they do not reach.
+
+        Args:
+            orders: by client.
+            seconds: until which they are waited for.
+        """
+        ...
+
+    def receive(self, seconds: float) -> Answer | None:
+        """Return the next answer to an order that was sent, or what came unasked; None if none comes in so long."""
+        ...
+
+    def withdraw(self, client: str) -> None:
+        """Wait no more for the answer of a client: one that comes later is unasked."""
         ...
