@@ -26,6 +26,7 @@ from fedtune.deployment.served_run import (
     result_files,
     run_id,
     sign_result,
+    unsettled_orders,
 )
 from fedtune.deployment.server_setup import check_overrides, expected_clients, server_context, with_day
 from fedtune.deployment.watch import Watch, watching
@@ -243,7 +244,15 @@ def create_dispatcher(
     record("serving", run=info.run, recipe=info.recipe_digest.hex(), rounds=recipe.rounds.count, ended=ended)
     blocklist = Blocklist(folder / BARRED)
     return Dispatcher(
-        info, settings, folder / SPOOL, blocklist, accepted=accepted, ended=ended, informed=informed, record=record
+        info,
+        settings,
+        folder / SPOOL,
+        blocklist,
+        accepted=accepted,
+        ended=ended,
+        unsettled=unsettled_orders(run),
+        informed=informed,
+        record=record,
     )
 
 

@@ -308,7 +308,12 @@ def recipe_demand(recipe: Recipe, client: str) -> TaskDemand:
 
 
 def known_cohort(recipe: Recipe) -> int | None:
-    """Return how many clients each round has; None where it takes a share of those that are there, or all of them."""
+    """Return how many clients each round has; None where it takes a share of those that are there, or all of them.
+
+    An asynchronous round promises none but the client itself: whose updates it ends with is known only then.
+    """
+    if recipe.asynchronous is not None:
+        return 1
     cohort = recipe.rounds.cohort
     return cohort if isinstance(cohort, int) else None
 

@@ -17,8 +17,9 @@ SHOWN = ("accuracy", "macro_f1")
 def on_event(dispatcher: Dispatcher, record: RecordEvent, event: Event) -> None:
     """Record an event of the rounds, and have the dispatcher give each client the receipt of its update."""
     match event:
-        case RoundStarted(round, rounds, cohort):
-            dispatcher.begin_round(cohort)
+        case RoundStarted(round, rounds, cohort, overlaps):
+            # An order promises no cohort whose updates are added up together where that is not known yet.
+            dispatcher.begin_round(() if overlaps else cohort)
             record("round", round=round, rounds=rounds, clients=" ".join(cohort))
         case ClientFinished(round, AdmittedUpdate() as update, traffic):
             # The journal holds the update by now: a receipt promises that no crash loses it.
@@ -40,7 +41,7 @@ def on_event(dispatcher: Dispatcher, record: RecordEvent, event: Event) -> None:
             if text := scores_text(line):
                 record("base", scores=text)
         case RoundFinished(line):
-            dispatcher.end_round(line.round)
+            dispatcher.end_round(line.round, working=line.working)
             record(
                 "committed",
                 round=line.round,

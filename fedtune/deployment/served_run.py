@@ -17,7 +17,7 @@ from fedtune.link import audit_files, audit_log, provenance, uploads
 from fedtune.link.provenance import Signer
 from fedtune.store import journal, manifest, result
 from fedtune.store.files import store_errors, write_text
-from fedtune.store.history import has_begun
+from fedtune.store.history import History, has_begun, replay_journal
 from fedtune.store.journal import Record
 from fedtune.store.run_directory import read_summary
 from fedtune.store.run_journal import RunJournal
@@ -115,6 +115,12 @@ def plan_text(recipe: Recipe, run: Path) -> str:
     return render(recipe)
 
 
+def unsettled_orders(run: Path) -> Mapping[str, int]:
+    """Return the rounds of the orders that the journal of an asynchronous run has not settled, by client."""
+    history = replay_journal(run)[0] if has_begun(run) else History()
+    return {name: order.round for name, order in history.sent.items()}
+
+
 def informed_clients(path: Path) -> Collection[str]:
     """Return the clients that know by the audit log that the run is complete; none if more rounds have begun since."""
     informed = set[str]()
@@ -157,13 +163,18 @@ def accepted_updates(run: Path) -> tuple[Mapping[tuple[int, str], str], int]:
     if not has_begun(run):
         return accepted, committed
 
+    asked = dict[str, int]()
+
     def take(record: Record) -> None:
         nonlocal committed
         # Over the link each update has a blob of its own, named by its digest.
-        if record.kind in ("accept", "close"):
+        if record.kind in ("accept", "close", "settle"):
             for client, offset, _ in record.fields["updates"]:
                 if not offset:
-                    accepted[record.fields["round"], client] = record.fields["blob"]
+                    # Of an asynchronous run, an update may answer an order of an earlier round.
+                    accepted[asked.get(client, record.fields["round"]), client] = record.fields["blob"]
+        elif record.kind == "ask":
+            asked.update(dict.fromkeys(record.fields["clients"], record.fields["round"]))
         elif record.kind == "commit":
             committed = record.fields["round"]
 

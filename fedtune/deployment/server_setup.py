@@ -92,9 +92,6 @@ def server_context(
             ranking=read_ranking(file, recipe.root, common.anatomy, common.base),
             moments=read_moments(file, recipe.root, recipe.pruning, common.anatomy, common.base),
         )
-    if recipe.asynchronous is not None:
-        hint = "leave the table out, and set rounds.deadline_s for rounds that end without slow clients"
-        raise ConfigError(Fault("asynchronous", "no table in a deployment, whose rounds do not overlap", "one", hint))
     if recipe.planner.name == "oracle":
         hint = "it needs the times of a simulated clock, which no deployment has; take planner = 'deadline'"
         raise ConfigError(Fault("planner", "another in a deployment", "'oracle'", hint))

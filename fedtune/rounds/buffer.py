@@ -244,7 +244,8 @@ class Buffer:
         if not self._asked:
             # Before the first order leaves: who watches may tell clients of the round.
             at_work = sorted({*self.pending, *self._settled, *(client.name for client in ask.clients)})
-            self._context.watch(RoundStarted(self._number, self._context.schedule.count, tuple(at_work)))
+            started = RoundStarted(self._number, self._context.schedule.count, tuple(at_work), overlaps=True)
+            self._context.watch(started)
         plans = self._context.planner.plan(self._context.planner.start(), self._number, ask.clients)
         fit = [client for client in ask.clients if isinstance(plans[client.name], PlannedClient)]
         unfit = {client.name: plans[client.name] for client in ask.clients if client not in fit}

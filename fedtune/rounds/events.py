@@ -15,6 +15,8 @@ class RoundStarted:
     round: int
     rounds: int
     cohort: tuple[str, ...]
+    overlaps: bool = False
+    """Whether it is asynchronous: then these are the clients at work, and which of them it ends with is not known."""
 
 
 @dataclass(frozen=True)

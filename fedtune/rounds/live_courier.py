@@ -63,7 +63,8 @@ class LiveCourier:
         """Return the clients that are free, and those at work; without any of these, wait for the first."""
         if not pending:
             return self._transport.clients()
-        return [*self._transport.idle(), *(worker.client for worker in pending.values())]
+        idle = [client for client in self._transport.idle() if client.name not in pending]
+        return [*idle, *(worker.client for worker in pending.values())]
 
     def give_up(self, client: str) -> None:
         self._known.pop(client, None)

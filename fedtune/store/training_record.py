@@ -25,6 +25,8 @@ def training_record(run: Path) -> Mapping[str, Any]:
         raise StoreError(f"{run}: expected a run with a journal; got none; give the folder of a run")
     started: dict[str, Any] = {}
     accepted: dict[int, list[Any]] = {}
+    waiting: dict[str, list[Any]] = {}
+    """Of an asynchronous run, by client: an accepted update that no round has used yet."""
     rounds: list[Mapping[str, Any]] = []
 
     def take(record: Record) -> None:
@@ -33,9 +35,18 @@ def training_record(run: Path) -> Mapping[str, Any]:
             case "start":
                 started.update({"run": fields["run"], "versions": fields["inputs"].get("versions", "")})
                 started["recipe"] = fields["inputs"].get("recipe_digest", "")
-            case "accept" | "close":
-                places = [[client, fields["blob"], offset, length] for client, offset, length in fields["updates"]]
-                accepted.setdefault(fields["round"], []).extend(places)
+            case "ask":
+                for client in fields["clients"]:
+                    waiting[client] = []
+            case "accept" | "close" | "settle":
+                for client, offset, length in fields["updates"]:
+                    place = [client, fields["blob"], offset, length]
+                    if client in waiting:
+                        waiting[client] = place
+                    else:
+                        accepted.setdefault(fields["round"], []).append(place)
+                for client in fields.get("used", ()):
+                    accepted.setdefault(fields["round"], []).append(waiting[client])
             case "commit":
                 number = fields["round"]
                 places = sorted(accepted.pop(number, []))

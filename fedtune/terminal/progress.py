@@ -111,6 +111,12 @@ def with_round(state: ProgressState, record: RoundRecord) -> ProgressState:
     )
 
 
+def staleness(record: RoundRecord) -> Sequence[str]:
+    """Return how many updates of an asynchronous round were stale, and by how much; nothing where none was."""
+    missed = [client.staleness for client in record.clients.values() if client.staleness]
+    return [f"{len(missed)} stale, by at most {max(missed)}"] if missed else []
+
+
 def round_line(state: ProgressState) -> str:
     """Return the result of the round that just ended, as one plain line."""
     record = state.record
@@ -125,6 +131,7 @@ def round_line(state: ProgressState) -> str:
             *(score(state) if record.test else ()),
             *([f"rate {record.rate_share:.3g} x"] if record.rate_share != 1 else ()),
             f"clients {admitted}/{len(state.cohort)}",
+            *staleness(record),
             *skipped_steps(record),
             *energy_kept(record),
             f"up {size(record.bytes_up)}",

@@ -86,3 +86,31 @@ def test_the_base_has_a_line_where_the_sites_score_it(tmp_path: Path) -> None:
         ("base", "held-out loss 3.500 (1 site)"),
         ("committed", "held-out loss 3.500 (1 site)"),
     ]
+
+
+def test_orders_of_an_asynchronous_round_promise_no_cohort_and_outlast_it(tmp_path: Path) -> None:
+    """A site that asks for others in a round must not be promised those who may end up in another buffer."""
+    harness = make_harness(tmp_path)
+
+    def record(kind: str, **fields: int | str) -> None: ...
+
+    on_event(harness.dispatcher, record, RoundStarted(1, 3, ("anna", "bob"), overlaps=True))
+    tasks = {name: harness.post(name) for name in ("anna", "bob")}
+    assert [task.cohort for _, task, _ in tasks.values()] == [1, 1]
+    on_event(harness.dispatcher, record, RoundFinished(replace(RECORD, working=("bob",))))
+    message_id, task, task_digest = tasks["bob"]
+    sent = signed_reply("bob", task, task_digest, b"data")
+    harness.submit("bob", sent, b"data")
+    assert list(harness.dispatcher.collect([message_id])) == [message_id]
+    on_event(harness.dispatcher, record, ClientFinished(1, admitted("bob"), Traffic()))
+    reply = harness.submit("bob", sent)
+    assert reply is not None
+    assert pb.Header.FromString(reply.receipt.header).receipt.verdict == pb.ACCEPTED
+    # Anna's order went with the round.
+    late = harness.submit("anna", signed_reply("anna", *tasks["anna"][1:], b"data"), b"data")
+    assert late is not None
+    assert pb.Header.FromString(late.receipt.header).receipt.verdict == pb.LATE
+
+
+def admitted(name: str) -> AdmittedUpdate:
+    return AdmittedUpdate(ClientUpdate(name, 1, 10, LoraResult({})))

@@ -17,6 +17,7 @@ from fedtune.deployment.served_run import (
     result_files,
     run_id,
     sign_result,
+    unsettled_orders,
 )
 from fedtune.deployment.server_setup import data_at_sites
 from fedtune.errors import StoreError
@@ -24,11 +25,12 @@ from fedtune.link.audit_log import AuditLog
 from fedtune.link.client.policy import RESULT_FILE
 from fedtune.link.pki.identity import load_identity
 from fedtune.link.provenance import Signer, load_roster, verify_folder
-from fedtune.messages import Failure
+from fedtune.messages import Client, Failure
+from fedtune.rounds.journal import Ask
 from fedtune.store import manifest
 from fedtune.store.run_directory import write_summary
 from fedtune.store.run_journal import RunJournal
-from fedtune.store.training_record import check_journal
+from fedtune.store.training_record import check_journal, training_record
 from fedtune.store.verify import status as run_status
 from tests.deployment.test_coordinator import RECIPE, promised_state
 from tests.link.ceremony import enroll_parties
@@ -169,3 +171,22 @@ def test_a_damaged_digest_of_the_base_is_one_sentence(tmp_path: Path) -> None:
         (tmp_path / "link" / "base").write_bytes(data)
         with pytest.raises(StoreError, match="link/base: expected the digest of a base, 64 hex digits"):
             pinned_base(tmp_path)
+
+
+def test_the_journal_of_an_asynchronous_run_names_the_round_of_each_order(tmp_path: Path) -> None:
+    """An update of an order of round 1 that comes in round 2 is one of round 1 to its site."""
+    assert unsettled_orders(tmp_path) == {}
+    anna, bob = Client("anna", 1), Client("bob", 1)
+    with RunJournal.create(tmp_path, group_s=0.0) as ledger:
+        ledger.begin(INPUTS)
+        ledger.ask(Ask(1, 0.0, (anna, bob), {"anna": "o", "bob": "o"}), state="")
+        ledger.accept(1, "anna", b"of anna")
+        ledger.settle(1, ["anna"], {}, {})
+        ledger.commit(1, [b"state"])
+        ledger.ask(Ask(2, 1.0, (anna,), {"anna": "o"}), state=promised_state(tmp_path))
+        ledger.accept(2, "bob", b"of bob")
+    assert unsettled_orders(tmp_path) == {"anna": 2, "bob": 1}
+    accepted, committed = accepted_updates(tmp_path)
+    assert committed == 1
+    assert accepted == {(1, "anna"): sha256(b"of anna").hexdigest(), (1, "bob"): sha256(b"of bob").hexdigest()}
+    assert [entry["accepted"] for entry in training_record(tmp_path)["rounds"]] == [1]

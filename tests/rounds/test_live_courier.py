@@ -15,6 +15,7 @@ from fedtune.messages import AdmittedUpdate, Client, ClientUpdate, Failure
 from fedtune.rounds import buffer
 from fedtune.rounds.asynchronous import AsyncSettings
 from fedtune.rounds.context import RoundContext
+from fedtune.rounds.journal import OpenOrders
 from fedtune.rounds.live_courier import LIMIT_S, LiveCourier
 from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.transport import Answer, LiveTransport, Reply, Rule, UnsolicitedReply
@@ -248,9 +249,9 @@ def test_a_buffer_without_its_update_is_refused(monkeypatch: pytest.MonkeyPatch)
     context = live(wire_of(THREE), AsyncSettings(buffer=2), count=1)
     state = context.method.init(context.blueprint, context.settings)
     courier = LiveCourier(context, wire_of(THREE), began_s=0.0)
-    round = buffer.Buffer(context, state, "", {}, buffer.OpenOrders(), courier, 0.0)
+    round = buffer.Buffer(context, state, "", {}, OpenOrders(), courier, 0.0)
     round._ask(wire_of(THREE).clients(), 3)
-    round._known = buffer.OpenOrders(used=["ann"])
+    round._known = OpenOrders(used=["ann"])
     with pytest.raises(StoreError, match="expected an update of ann, as its buffer says"):
         round._settle_as_recorded()
 

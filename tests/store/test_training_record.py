@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import StoreError
-from fedtune.messages import Failure
+from fedtune.messages import Client, Failure
 from fedtune.methods.serialization import digest
+from fedtune.rounds.journal import Ask
 from fedtune.store.journal import canonical
 from fedtune.store.run_journal import RunJournal
 from fedtune.store.training_record import check_journal, training_record
@@ -60,3 +61,22 @@ def test_the_stated_head_stays_in_a_journal_that_goes_on_and_not_in_another(run:
 def test_a_folder_without_a_journal_has_no_record(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="expected a run with a journal; got none"):
         training_record(tmp_path)
+
+
+def test_a_round_of_an_asynchronous_run_has_the_updates_of_its_buffer(tmp_path: Path) -> None:
+    """Bob's update came in the first round and was used in the second."""
+    with RunJournal.create(tmp_path, group_s=0) as ledger:
+        ledger.begin(INPUTS)
+        both = Ask(1, 0.0, (Client("ann", 1), Client("bob", 1)), {"ann": "o", "bob": "o"})
+        ledger.ask(both, state="")
+        ledger.accept(1, "bob", b"of bob")
+        ledger.accept(1, "ann", b"of ann")
+        ledger.settle(1, ["ann"], {}, {})
+        ledger.commit(1, [b"state 1"])
+        ledger.ask(Ask(2, 1.0), state=digest([b"state 1"]))
+        ledger.settle(2, ["bob"], {}, {})
+        ledger.commit(2, [b"state 2"])
+    first, second = training_record(tmp_path)["rounds"]
+    for entry, name in ((first, "ann"), (second, "bob")):
+        places = [[name, sha256(f"of {name}".encode()).hexdigest(), 0, 6]]
+        assert (entry["accepted"], entry["set"]) == (1, sha256(canonical({"updates": places})).hexdigest())

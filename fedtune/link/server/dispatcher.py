@@ -62,6 +62,7 @@ class Dispatcher:
         *,
         accepted: Mapping[tuple[int, str], str] | None = None,
         ended: int = 0,
+        unsettled: Mapping[str, int] | None = None,
         informed: Collection[str] = (),
         record: RecordEvent = ignore_event,
         clock: Callable[[], float] = time.monotonic,
@@ -75,6 +76,7 @@ class Dispatcher:
             blocklist: clients whose calls are refused.
             accepted: SHA-256 (hex) of the updates that the run's journal holds, by round and client.
             ended: number of the last round that is over.
+            unsettled: by client, the round of an order that outlasts rounds.
             informed: clients that know from an earlier process that the run is complete.
             record: receives the events.
             clock: seconds from any start.
@@ -94,7 +96,7 @@ class Dispatcher:
         # Re-entrant: `settle`, which holds it, counts a refusal, which takes it again.
         self._lock, self._wakeup = threading.RLock(), Wakeup()
         self._tasks = Assignments(folder, inline_bytes=settings.inline_kib * KIB)
-        self._receipts = Receipts(accepted or {}, ended)
+        self._receipts = Receipts(accepted or {}, ended, unsettled or {})
         self._presence = Presence(settings, clock, on_arrival=self._wakeup.set)
         self._members = Membership(self._presence, record, informed=informed)
         self._reports = Reports(self._presence, record, clock, lost_s=settings.lost_s)
@@ -207,6 +209,9 @@ class Dispatcher:
             header.round, header.base, header.state = number, bytes.fromhex(base) or self.base, state
             # Signed with the task: a site's policy may refuse rounds of too few clients.
             header.cohort, max_bytes = len(self._cohort), self.max_reply_bytes(contents[""])
+            if task == TRAIN:
+                # Of an asynchronous round no other client is promised.
+                header.cohort = max(1, header.cohort)
             with self._lock:
                 if task == TRAIN and self._members.reads_names(client):
                     header.members.extend(named_members(self._cohort, client))
@@ -258,12 +263,14 @@ class Dispatcher:
                     if refusal:
                         self.count_refusal(client, refusal)
 
-    def end_round(self, number: int) -> None:
-        """Note that a round is over: clients that still work for it may stop."""
+    def end_round(self, number: int, *, working: Collection[str] = ()) -> None:
+        """Note that a round is over: clients that still work for it may stop, but for those whose orders outlast it."""
         with self._lock:
-            self._receipts.end_round(number)
+            self._receipts.end_round(number, working)
             self._knows_open_tasks = True
             for task in self._tasks.all():
+                if is_training(task) and task.client in working:
+                    continue
                 if 0 < task.header.round <= number:
                     # The receipt first: closing the task forgets the reply that it is for.
                     self._replies.give_receipt(task, pb.LATE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from fedtune.link.envelopes import build_version
 from fedtune.link.server.run_info import RunInfo
@@ -15,13 +15,17 @@ MAX_RECEIPTS = 10_000
 class Receipts:
     """Receipts of a run, and which updates it has accepted; not thread-safe, the dispatcher holds its lock."""
 
-    def __init__(self, accepted: Mapping[tuple[int, str], str], ended: int) -> None:
+    def __init__(
+        self, accepted: Mapping[tuple[int, str], str], ended: int, unsettled: Mapping[str, int] | None = None
+    ) -> None:
         """Go on from what the journal holds.
 
         Args:
             accepted: SHA-256 (hex) of the accepted updates by round and client.
             ended: number of the last round that is over.
+            unsettled: by client, the round of an order that outlasts rounds and is not settled.
         """
+        self._unsettled = unsettled or {}
         self._accepted, self._ended = dict(accepted), ended
         self._given: dict[tuple[str, bytes], tuple[bytes, pb.Envelope]] = {}  # by client and task: reply, receipt
         self.journal_end: Callable[[], tuple[int, str]] = lambda: (0, "")
@@ -32,8 +36,14 @@ class Receipts:
         """Number of the last round that is over."""
         return self._ended
 
-    def end_round(self, number: int) -> None:
+    def may_be_posted(self, client: str, number: int) -> bool:
+        """Return whether the round loop will post a client's order of a round, as far as the journal says."""
+        # Of an asynchronous run, orders of rounds that are over may be out when its server is started again.
+        return number == self._ended + 1 or self._unsettled.get(client) == number
+
+    def end_round(self, number: int, working: Collection[str] = ()) -> None:
         self._ended = max(self._ended, number)
+        self._unsettled = {client: since for client, since in self._unsettled.items() if client in working}
 
     def find_receipt(self, client: str, task: bytes) -> tuple[bytes, pb.Envelope] | None:
         """Return the reply digest and the receipt that a client's task has; None if it has none."""

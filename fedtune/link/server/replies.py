@@ -127,13 +127,13 @@ class Replies:
         if self._receipts.is_accepted(client, header):
             receipt = self._receipts.give(self._run, client, reply, header, pb.ACCEPTED)
             return pb.SubmitReply(receipt=receipt)
+        is_posted = any(task.header.round == header.round for task in self._tasks.of_client(client))
+        # After a restart a client may be back before the round loop has posted its task again.
+        if self._receipts.may_be_posted(client, header.round) and not is_posted:
+            return pb.SubmitReply(busy=pb.Wait(retry_after_ms=RETRY_MS))
         if 0 < header.round <= self._receipts.ended:
             self._record("late", client=client, round=header.round)
             return pb.SubmitReply(receipt=self._receipts.give(self._run, client, reply, header, pb.LATE))
-        is_posted = any(task.header.round == header.round for task in self._tasks.of_client(client))
-        # After a restart a client may be back before the round loop has posted its task again.
-        if header.round == self._receipts.ended + 1 and not is_posted:
-            return pb.SubmitReply(busy=pb.Wait(retry_after_ms=RETRY_MS))
         raise rejection(pb.ORDER_UNKNOWN, "order", "a task of this client", header.order.hex()[:16])
 
     def _decline(self, task: Task, reply: bytes, header: pb.Header) -> pb.SubmitReply:

@@ -105,3 +105,16 @@ def test_an_accepted_reply_is_accepted_again_after_a_restart_whatever_else_its_c
     front = pb.Header(federation="care", run=RUN.run, round=1)
     assert verdict(harness.submit("anna", signed_reply("anna", front, b"o" * 32, b"other"))) == "LATE"
     assert verdict(harness.submit("anna", signed_reply("anna", front, b"o" * 32, DATA))) == "ACCEPTED"
+
+
+def test_an_order_that_outlasts_rounds_may_be_posted_after_a_restart() -> None:
+    """Its site is asked to wait and not told that it is late: what it has trained will be used."""
+    receipts = Receipts({}, 5, {"bob": 3})
+    assert receipts.may_be_posted("bob", 3)
+    assert receipts.may_be_posted("bob", 6)
+    assert not receipts.may_be_posted("bob", 4)
+    assert not receipts.may_be_posted("ann", 3)
+    receipts.end_round(6, ["bob"])
+    assert receipts.may_be_posted("bob", 3)
+    receipts.end_round(7, [])
+    assert not receipts.may_be_posted("bob", 3)
