@@ -220,12 +220,13 @@ def plan_search(recipe: Recipe) -> Mapping[str, Any]:
     from fedtune.runs.plan import bill_of_experiment
     from fedtune.runs.search_trial import Sites, check_held_out
 
-    sites, rows = Sites(sizes_alone=True), []
+    sites, rows, bytes_are = Sites(sizes_alone=True), [], "estimated"
     experiment = sites.prepare(replace(recipe, search=None))
     check_held_out(experiment)
     for trial in range(0 if course.settings.kind == "tpe" else course.trials):
         values = first_values(course, trial)
         bill = bill_of_experiment(sites.prepare(trial_recipe(recipe, values)), measure=False)
+        bytes_are = bill.kind_of_bytes if bill is not None else bytes_are
         traffic = [] if bill is None else [down + up for down, up in bill.by_round]
         first = None if bill is None else sum(traffic[: course.rungs[0]])
         rows.append(
@@ -244,6 +245,7 @@ def plan_search(recipe: Recipe) -> Mapping[str, Any]:
         "rungs": list(course.rungs),
         "rounds": rounds,
         "client_rounds": rounds * cohort_size(len(experiment.fleet), recipe.rounds.cohort),
+        "bytes_are": bytes_are,
         "rows": rows,
     }
 

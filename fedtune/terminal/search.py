@@ -78,12 +78,11 @@ def show_plan(console: Console, content: Json) -> None:
     )
     if not content["rows"]:
         return
-    first = content["rungs"][0]
-    table = grid(
-        "trials", "trial", f"bytes to round {first}", f"bytes to round {content['rungs'][-1]}", second="settings"
-    )
+    first, last = content["rungs"][0], content["rungs"][-1]
+    columns = [f"bytes to round {rung}" for rung in dict.fromkeys((first, last))]
+    table = grid(f"trials; bytes are {content['bytes_are']}", "trial", *columns, second="settings")
     for row in content["rows"][:MOST_TRIALS]:
-        traffic = ["-" if row[key] is None else size(row[key]) for key in ("first_bytes", "bytes")]
+        traffic = ["-" if row[key] is None else size(row[key]) for key in ("first_bytes", "bytes")[-len(columns) :]]
         table.add_row(Text(str(row["trial"])), Text(settings_lines(row["values"])), *traffic)
     console.print(table, width=width)
     if (more := len(content["rows"]) - MOST_TRIALS) > 0:

@@ -189,11 +189,12 @@ def test_a_plan_lists_the_trials_with_their_bytes_and_trains_nothing(tables: Tab
     assert content["client_rounds"] == 7 * 3
     by_rank = {row["values"]["adapter.rank"]: row["bytes"] for row in content["rows"]}
     assert by_rank[2] < by_rank[4] < by_rank[8]
-    # What it says of the first rung is what a search then takes; later rounds are sent less where singular values fall.
+    assert content["bytes_are"] == "at most"
+    # What it says is what a search then takes: exactly what is sent down, and at most what comes up.
     done = run(recipe, tmp_path / "s")
     for trial, row in zip(sorted(done.content["trials"], key=lambda one: one["trial"]), content["rows"], strict=True):
         took = trial["bytes_up"] + trial["bytes_down"]
-        assert took == row["first_bytes"] if trial["rounds"] == 1 else took <= row["bytes"]
+        assert took <= (row["first_bytes"] if trial["rounds"] == 1 else row["bytes"]) < 2 * took + 20000
 
 
 def test_the_command_simulate_says_that_it_ignores_the_table(tables: Tables, tmp_path: Path) -> None:

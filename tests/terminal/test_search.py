@@ -53,9 +53,12 @@ def test_a_plan_says_the_rounds_of_all_and_what_each_trial_sends() -> None:
         for n in range(25)
     ]
     plan = {"kind": "sha", "trials": 25, "rungs": [1, 9], "rounds": 30, "client_rounds": 90, "rows": rows}
+    plan["bytes_are"] = "at most"
     text = shown(show_plan, plan)
     assert "25 trials, compared after round 1, 9; about 30 rounds and 90" in text
     assert "9.0 kB" in text
+    assert "bytes are at most" in text
+    assert shown(show_plan, {**plan, "rungs": [9]}).count("bytes to") == 1
     assert "and 5 more trials; --json lists all" in text
     assert "bytes to" not in shown(show_plan, {**plan, "rows": []})
 
