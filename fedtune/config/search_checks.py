@@ -9,6 +9,7 @@ from fedtune.config.recipe import Recipe
 from fedtune.config.search_table import space_path
 from fedtune.errors import Fault
 from fedtune.search.settings import Range, SearchSettings
+from fedtune.search.space import grid, size
 
 SAME_FOR_ALL: Mapping[str, str] = {
     "name": "it names the run",
@@ -77,6 +78,11 @@ def rung_faults(settings: SearchSettings, rounds: int) -> Iterator[Fault]:
     if kind == "pbt" and (settings.interval or 1) >= rounds:
         expected = f"fewer than the {rounds} rounds of rounds.count, or no trial ever copies another"
         yield Fault("search.interval", expected, f"{settings.interval or 1}", "lower it, or raise rounds.count")
+    different = len(grid(settings.space)) if kind == "grid" else size(settings.space) if settings.space else None
+    # A population may begin with equal ones: what it copies is changed.
+    if settings.trials is not None and different is not None and settings.trials > different and kind != "pbt":
+        expected = f"at most {different}: there are no more different trials in search.space"
+        yield Fault("search.trials", expected, f"{settings.trials}", "leave it out to try all")
     least = settings.reduction if halves else 2 if kind == "pbt" else 1
     if settings.trials is not None and settings.trials < least:
         yield Fault("search.trials", f"at least {least} with kind = {kind!r}, or none is better", f"{settings.trials}")

@@ -73,6 +73,8 @@ def run_step(search: Search, recipe: Recipe, step: Step, folder: Path, sites: Si
         raise
     except FedtuneError as error:
         reason = str(error)
+    except (MemoryError, RuntimeError) as error:  # torch's, as where scoring needs more memory than there is
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
     records = read_rounds(run) if (run / "rounds.jsonl").exists() else []
     return result_of(search, step, records, reason)
 

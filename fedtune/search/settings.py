@@ -47,7 +47,7 @@ class SearchSettings:
     each trial goes on as soon as it is among the best so far; pbt: all trials go on, and after some rounds the worst
     quarter continues from the model of a better one with its settings times 0.8 or 1.2 (population based training)."""
     trials: Annotated[int, Ge(1)] | None = None
-    """Trials to run; none: every combination with grid, 16 with the other kinds."""
+    """Trials to run; none: every combination with grid; 16 with the other kinds, or all there are if fewer."""
     score: str = "validation"
     """validation: the clients' held-out rows, pooled. Nothing else: a model that was chosen by its test score has none
     left that says how good it is."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from fedtune.rounds.scores import LOWER_IS_BETTER
 from fedtune.search.settings import USUAL_TRIALS, SearchKind, SearchSettings, Value, rungs
-from fedtune.search.space import draw_values, grid, perturb
+from fedtune.search.space import draw_values, grid, perturb, size
 from fedtune.search.tpe import draw_by_tpe
 from fedtune.seeds import derive, generator
 
@@ -88,8 +88,9 @@ class Search:
         """How many trials are begun."""
         settings = self.settings
         if settings.trials is not None:
-            return min(settings.trials, len(grid(settings.space))) if settings.kind == "grid" else settings.trials
-        return len(grid(settings.space)) if settings.kind == "grid" else USUAL_TRIALS
+            return settings.trials
+        most = len(grid(settings.space)) if settings.kind == "grid" else size(settings.space)
+        return most if most is not None and (settings.kind == "grid" or most < USUAL_TRIALS) else USUAL_TRIALS
 
     @property
     def rungs(self) -> tuple[int, ...]:

@@ -58,7 +58,7 @@ def test_a_dry_run_lists_the_trials(recipe: Path, tmp_path: Path) -> None:
 def test_mistakes_end_with_one_message_and_status_two(recipe: Path, tmp_path: Path) -> None:
     for arguments, words in (
         ((recipe, "--set", "search.score=test"), "a model chosen by it has no test score left"),
-        ((recipe, "--set", 'search.space={"client.stpes" = [1]}'), "did you mean client.steps?"),
+        ((recipe, "--set", 'search.space={"client.stpes" = [1, 2]}'), "did you mean client.steps?"),
         (("--resume", tmp_path), "expected the folder of a search; got none"),
         ((), "expected a RECIPE, or --resume DIR; got neither"),
         (("--resume", tmp_path, "--dry-run"), "a search goes on as it was begun"),

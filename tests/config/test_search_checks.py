@@ -36,6 +36,16 @@ TEXT = SHORTEST + SPACE
         (["search.interval=2"], "search.interval", "nothing but with kind = 'pbt'"),
         (["search.kind=pbt"], 'search.space."adapter.rank"', "it changes while a model is trained"),
         (["search.kind=grid"], 'search.space."client.learning_rate".points', "write points = 5"),
+        (
+            ['search.space={"client.steps" = [3, 4, 5]}'],
+            "search.trials",
+            "at most 3: there are no more different trials",
+        ),
+        (
+            ["search.kind=grid", 'search.space={"client.steps" = {low = 1, high = 9, points = 3}}'],
+            "search.trials",
+            "at most 3: there are no more different trials in search.space; got 4",
+        ),
         (["search.metric=accuracy"], "search.metric", "a score of model.task = 'causal'"),
         (["evaluate.clients=false"], "evaluate.clients", "true with [search]"),
         (['search.space={"seed" = [0, 1]}'], 'search.space."seed"', "fedtune compare --seeds"),

@@ -14,7 +14,7 @@ from tests.config.test_search_checks import TEXT
 def faults(*overrides: str, space: str) -> dict[str, str]:
     """Return the faults of a search over a space, by path."""
     with pytest.raises(ConfigError) as caught:
-        check_search(bind(SHORTEST + f"\n[search]\ntrials = 4\n[search.space]\n{space}\n", overrides=overrides))
+        check_search(bind(SHORTEST + f"\n[search]\n[search.space]\n{space}\n", overrides=overrides))
     return {fault.path: str(fault) for fault in caught.value.faults}
 
 
@@ -45,7 +45,7 @@ def test_methods_and_overrides_may_be_searched_for() -> None:
     course = check_search(bind(text + '"override.0.rank" = [2, 4, 8]\n'))
     recipe = bind_trial(bind(text + '"override.0.rank" = [2]\n'), 3, {"override.0.rank": 8})
     assert (recipe.override[0].rank, recipe.name, recipe.search) == (8, "run-003", None)
-    assert course.trials == 16
+    assert course.trials == 3
 
 
 def test_a_recipe_without_the_table_says_what_one_looks_like() -> None:

@@ -71,6 +71,31 @@ def test_a_promoted_trial_is_an_uninterrupted_run_to_the_bit(tables: Tables, tmp
     assert bind(done.best).search is None
 
 
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "trained in full": {"adapter": {"rank": 4, "targets": ["q_proj"], "modules_to_save": ["norm"]}},
+    "seeds": {"method": {"name": "fedkseed", "bank": "kron", "seeds": 64, "scalar_step": 1e-4, "perturbation": 1e-3}},
+    "pruned": {"pruning": {"target": 0.5}, "planner": {"name": "fixed", "ratio": 0.5}},
+    "momentum": {"method": {"name": "fedit", "server_optimizer": {"name": "fedavgm", "momentum": 0.5}}},
+    "personal": {"personal": {"kind": "ditto"}, "method": {"name": "fedit"}},
+    "asynchronous": {"asynchronous": {"buffer": 2}, "method": {"name": "fedit"}, "fleet": {"name": "phones"}},
+    "learning planner": {"planner": {"name": "expgrad", "dropouts": [0.0, 0.3]}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_trials_that_share_a_loaded_base_are_runs_of_their_own(tables: Tables, tmp_path: Path, variant: str) -> None:
+    recipe = {**searched(tables, "sha", rounds=3, trials=3), **VARIANTS[variant]}
+    if variant == "seeds":
+        recipe.pop("adapter")
+    done = run(recipe, tmp_path / "s")
+    alone = fedtune.simulate(done.best, out=tmp_path / "alone", watch=silent)
+    trial = tmp_path / "s" / "trials" / f"{done.content['best']:03d}"
+    assert digests(trial) == digests(alone.path)
+    for row in done.content["trials"]:
+        assert fedtune.api.verify(tmp_path / "s" / "trials" / f"{row['trial']:03d}").committed == row["rounds"]
+
+
 @pytest.mark.slow
 def test_a_search_that_is_stopped_or_killed_anywhere_ends_in_the_same_table(
     tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -142,6 +167,16 @@ def test_a_trial_that_diverges_is_failed_and_never_best(tables: Tables, tmp_path
     only = {**recipe, "search": {**recipe["search"], "space": {"client.learning_rate": [1e30, 2e30]}}}
     with pytest.raises(RoundError, match="expected a trial with a score; got 2 that failed: trial 0: "):
         run(only, tmp_path / "none")
+
+
+@pytest.mark.slow
+def test_other_engines_and_kinds_give_the_same_trials(tables: Tables, tmp_path: Path) -> None:
+    recipe = searched(tables, "random", rounds=2, trials=2)
+    here = run(recipe, tmp_path / "here")
+    there = run({**recipe, "engine": {"name": "processes", "workers": 2}}, tmp_path / "there")
+    assert [row["state_digest"] for row in here.content["trials"]] == [
+        row["state_digest"] for row in there.content["trials"]
+    ]
 
 
 @pytest.mark.slow
