@@ -247,11 +247,6 @@ def demo(*, out: str | Path | None = None, embedded: bool = False, watch: Watch 
         return _run(load(bound, observe), path, None, observe, began=began)
 
 
-def personal_folder(run: Path) -> Path:
-    """Return where a run's simulated clients store models of their own, each in a folder of its own."""
-    return run / "personal"
-
-
 def _run(
     experiment: Experiment,
     path: Path,
@@ -262,11 +257,10 @@ def _run(
     resume: bool = False,
 ) -> Run:
     """Run a prepared experiment; its page is drawn once it is asked for, for drawing costs as much as a round."""
-    from fedtune.runs.local import run_context, transport
+    from fedtune.runs.local import run_context, transport, with_personal_folder
     from fedtune.runs.runner import run_recipe
 
-    if experiment.recipe.personal is not None:
-        experiment = replace(experiment, personal=personal_folder(path))
+    experiment = with_personal_folder(experiment, path)
     with transport(experiment, fork_server) as engine:
         summary = run_recipe(run_context(experiment), path, engine, resume=resume, watch=watch, began=began)
     if experiment.recipe.report.tensorboard:

@@ -116,6 +116,11 @@ class Experiment:
         return peft_target(self.recipe, self.base)
 
 
+def with_personal_folder(experiment: Experiment, run: Path) -> Experiment:
+    """Return an experiment whose simulated clients store models of their own below a run's directory, if they do."""
+    return experiment if experiment.recipe.personal is None else replace(experiment, personal=run / "personal")
+
+
 def peft_target(recipe: Recipe, base: Base) -> peft.Target:
     """Return a base as adapter_config.json describes it."""
     return peft.Target(

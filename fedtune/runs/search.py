@@ -174,6 +174,8 @@ def remarks(recipe: Recipe) -> Iterator[str]:
     rounds = recipe.rounds
     if rounds.keep != "last" or rounds.patience is not None:
         yield "trials run all rounds of their budget; rounds.keep and rounds.patience hold for best.toml alone"
+    if recipe.personal is not None:
+        yield "trials are compared by the global model's scores, not by those of the clients' own models"
 
 
 def search_digest(recipe: Recipe) -> str:

@@ -14,7 +14,7 @@ from fedtune.errors import ConfigError, ExtraError, Fault, FedtuneError, StoreEr
 from fedtune.rounds.events import ClientFinished, Event, RoundStarted, Watch
 from fedtune.rounds.record import RoundRecord
 from fedtune.rounds.scores import pooled_scores
-from fedtune.runs.local import Experiment, prepare, run_context, transport
+from fedtune.runs.local import Experiment, prepare, run_context, transport, with_personal_folder
 from fedtune.runs.runner import run_recipe
 from fedtune.search.steps import Cost, Result, Search, Step
 from fedtune.store.history import has_begun
@@ -64,7 +64,7 @@ def run_step(search: Search, recipe: Recipe, step: Step, folder: Path, sites: Si
             copy_run(trial_folder(folder, step.source, step.source_segment), run)
     try:
         bound = quiet_recipe(bind_trial(recipe, step.trial, step.values))
-        experiment = sites.prepare(bound, silent)
+        experiment = with_personal_folder(sites.prepare(bound, silent), run)
         context = replace(run_context(experiment), scored_rounds=search.rungs, copied_from=copied_from)
         run.mkdir(parents=True, exist_ok=True)
         with transport(experiment) as engine:
