@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,20 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fedtune
+from fedtune.config import render
 from fedtune.errors import ConfigError
+from fedtune.model.distill import DistillSettings
 from fedtune.model.emulator_facts import NAME, encode, read
 from fedtune.runs.emulator import EmulatorSettings, digest_as_loaded, export_emulator
 from fedtune.runs.plug_back import EMULATOR, FULL, PLUGGED_BACK, ZERO_SHOT, gives_away, plug_back
 from fedtune.store import manifest
-from tests.conftest import Simulated, kseed
+from tests.conftest import ROOT, Simulated, kseed
 from tests.runs.offsite import Tables, deep_base, over
 
 # peft asks transformers by a name that transformers is about to drop
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 WEIGHTS = "adapter_model.safetensors"
+FILES = {"source": "train.jsonl", "test": "test.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +210,13 @@ def test_an_emulator_with_other_ends_than_the_true_base(
 def test_what_cannot_be_compared_or_written(tuned: Path, deep: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="form: expected one of peft, uniform, merged"):
         plug_back(tuned, deep, form="ledger")
+    recipe = tuned / "recipe.toml"
+    written = recipe.read_text()
+    prompts = {**tomllib.loads(written), "adapter": {"kind": "prompt"}}
+    recipe.write_text(render(fedtune.bind(prompts)))
+    with pytest.raises(ConfigError, match=r"expected a run of adapter\.kind = 'lora'.*got 'prompt'"):
+        plug_back(tuned, deep)
+    recipe.write_text(written)
     with pytest.raises(ConfigError, match="full: expected a run over"):
         plug_back(tuned, deep, full=tuned)
     with pytest.raises(ConfigError, match="full: expected test data"):
@@ -216,3 +227,31 @@ def test_the_warning() -> None:
     assert gives_away({EMULATOR: {"loss": 1.0}, PLUGGED_BACK: {"loss": 1.0}})
     assert not gives_away({EMULATOR: {"loss": 1.1}, PLUGGED_BACK: {"loss": 1.0}})
     assert not gives_away({})
+
+
+@pytest.mark.slow
+def test_the_order_of_losses_on_novels(stories: Path, shared: Path, simulated: Simulated, tmp_path: Path) -> None:
+    """Fast siblings: the middle comes nearer (model/test_distill.py), and both ends of a run on a tiny base above."""
+    text, course = (
+        shared / "data/stories/train.jsonl",
+        DistillSettings(steps=120, learning_rate=1e-3, lm_weight=0.0, batch=4),
+    )
+    recipe = render(fedtune.bind(ROOT / "simulations/offsite/novels.toml"))
+
+    def tune(name: str, base: Path, layers: str) -> Path:
+        tables = tomllib.loads(recipe)
+        tables["model"]["base"], tables["adapter"]["layers"] = str(base), layers
+        tables["data"] |= {key: str(shared / f"data/novels/{file}") for key, file in FILES.items()}
+        return simulated(tables, tmp_path / name).path
+
+    full = tune("full", stories, "0-4")
+    losses = {}
+    for name, given in (("raw", None), ("distilled", text)):
+        settings = EmulatorSettings(drop=0.5)
+        emulator = export_emulator(stories, tmp_path / f"emulator-{name}", settings, text=given, distill=course)
+        written = plug_back(tune(name, emulator.path, "ends"), stories, full=full)
+        losses[name] = {key: scores["loss"] for key, scores in written.scores.items()}
+    assert losses["distilled"][PLUGGED_BACK] < losses["raw"][PLUGGED_BACK]
+    for scores in losses.values():
+        assert scores[FULL] <= scores[PLUGGED_BACK] < scores[ZERO_SHOT]
+        assert scores[EMULATOR] > scores[PLUGGED_BACK]
