@@ -56,6 +56,37 @@ def test_what_both_answers_begin_with_counts_in_neither(tokenizer: Any) -> None:
         assert learned(own)[-1] == tokenizer.eos_token_id
 
 
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_conversations_are_compared_from_the_turn_in_which_they_differ(stories: Path) -> None:
+    """Earlier turns of the assistant are the prompt of both; what follows a turn that differs counts too."""
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    tokenizer.chat_template = CHAT
+    shared = [("user", "Hi"), ("assistant", "Hello"), ("user", "Who came?")]
+    answers = ([("assistant", "The cat")], [("assistant", "A dog"), ("user", "Which?"), ("assistant", "Mine")])
+    texts = [json.dumps([{"role": role, "content": text} for role, text in [*shared, *own]]) for own in answers]
+    settings = replace(SETTINGS, template="chat")
+    [example] = encoded(tokenizer, settings, messages=[texts[0]], rejected=[texts[1]]).examples
+    shown = [tokenizer.decode(learned(own)) for own in (example, example.rejected)]
+    assert "Hello" not in "".join(shown)
+    assert "The cat" in shown[0]
+    assert "A dog" in shown[1]
+    assert "Mine" in shown[1]
+    assert "Which?" not in shown[1]
+
+
+def test_conversations_without_an_answer_are_counted(stories: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    tokenizer.chat_template = CHAT
+    asked = json.dumps([{"role": "user", "content": "Hi"}])
+    result = encoded(tokenizer, replace(SETTINGS, template="chat"), messages=[asked], rejected=[asked])
+    assert (result.examples, result.unanswered) == ([None], 1)
+
+
 @given(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), max_size=6))
 def test_shared_tokens_are_the_longest_common_start(first: list[int], second: list[int]) -> None:
     count = shared_tokens(np.array(first, np.int64), np.array(second, np.int64))
