@@ -68,6 +68,7 @@ __all__ = [
     "Measured",
     "Outcome",
     "Personal",
+    "PersonalRequest",
     "PersonalTrace",
     "Plan",
     "PlannedClient",
@@ -320,6 +321,21 @@ class ClientUpdate:
 
 
 @dataclass(frozen=True)
+class PersonalRequest:
+    """Which model of its own a client scores beside the global one."""
+
+    personal: Personal
+    training: Training | None = None
+    """With `finetune` alone: how the global model is trained before it is scored, with `steps` set."""
+    scale: float = 1.0
+    """With `finetune`: the factor between B as trained and b as sent."""
+    train: Literal["ab", "b"] = "ab"
+    """With `finetune`: which factors are trained."""
+    seed: int = 0
+    """With `finetune`: of the order of the examples, and of dropout."""
+
+
+@dataclass(frozen=True)
 class ScoreRequest:
     """Server -> client: score a global model on the rows that the client trains nothing on."""
 
@@ -345,6 +361,8 @@ class ScoreRequest:
     """The day that its chat template writes, such as "2026-11-29"; empty: its own."""
     preference: Preference | None = None
     """By which preferred and rejected answers are scored, where the objective compares them."""
+    personal: PersonalRequest | None = None
+    """Which model of its own the client scores too."""
 
 
 @dataclass(frozen=True)
@@ -359,6 +377,8 @@ class ClientScores:
     metrics: Mapping[str, float]
     """By name: `loss`, `accuracy`, ..., and how much was scored: `examples`, `tokens`."""
     seconds: float = 0.0
+    personal: Mapping[str, float] = field(default_factory=dict)
+    """The same of the client's own model, where that was asked for."""
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from fedtune.client.personal_scoring import score_own
+from fedtune.client.personal_state import StateFolder
 from fedtune.data.encode import Example
 from fedtune.directions.seed_ledger import decode_ledger
 from fedtune.errors import ClientError, ConfigError
@@ -19,8 +21,19 @@ from fedtune.model.seed_rebuild import with_rebuilt_weights
 from fedtune.tensors import Tensors
 
 
-def score(base: Base, held_out: Sequence[Example], request: ScoreRequest, *, threads: int) -> ClientScores:
+def score(
+    base: Base,
+    held_out: Sequence[Example],
+    request: ScoreRequest,
+    *,
+    threads: int,
+    examples: Sequence[Example] = (),
+    folder: StateFolder | None = None,
+) -> ClientScores:
     """Return what a global model scores on a client's held-out rows; the base is afterwards as before.
+
+    Where the request names a model of the client's own, that is scored too, from the client's training examples and the
+    folder of its states.
 
     Raises:
         ClientError: if the base is another, or the client holds no row out.
@@ -43,7 +56,21 @@ def score(base: Base, held_out: Sequence[Example], request: ScoreRequest, *, thr
     with libraries.threads(threads), with_seeds(base, request, head):
         preference = request.preference
         metrics = evaluate(base, adapter, saved, {name: rows}, batch=request.batch, preference=preference)[name]
-    return ClientScores(name, request.round, base.digest, metrics, time.perf_counter() - began)
+        own: Mapping[str, float] = {}
+        if request.personal is not None:
+            own = score_own(
+                base,
+                examples,
+                rows,
+                request.personal,
+                client=name,
+                round=request.round,
+                adapter=adapter,
+                saved=saved,
+                folder=folder,
+                batch=request.batch,
+            )
+    return ClientScores(name, request.round, base.digest, metrics, time.perf_counter() - began, own)
 
 
 @contextmanager

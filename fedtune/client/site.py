@@ -167,7 +167,13 @@ class Site:
         if self.scores == "refuse":
             raise ClientError(f"{self.client}: expected no request for scores; this site's policy.scores refuses them")
         site = self.with_labels(request.labels, request.date)
-        return score(site.base, site.held_out, request, threads=site.threads)
+        return score(
+            site.base, site.held_out, request, threads=site.threads, examples=site.examples, folder=self.personal
+        )
+
+    def in_run(self, folder: Path) -> Site:
+        """Return the client with the folder of a run at this site, where it stores models of its own."""
+        return replace(self, personal=StateFolder(folder / "personal"))
 
 
 # Cached in this module and not in an app object: Ray pickles the app with every message, and a base inside of it would

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from fedtune.config.order_rules import FREE, Comparison, Difference, Rule, numbers_text, short_text
+from fedtune.config.personal_requests import personal_request
 from fedtune.config.plugins import BROKEN
 from fedtune.config.recipe import (
     Recipe,
@@ -30,6 +31,7 @@ from fedtune.errors import FedtuneError, ShapeError
 from fedtune.messages import (
     Assignment,
     Blueprint,
+    Personal,
     Plan,
     PlannedClient,
     ProbeSeeds,
@@ -280,6 +282,8 @@ def permission_texts(recipe: Recipe, client: str) -> Mapping[str, str]:
         "whole": "none" if probe else whole,
         "scores": f"of {rows} held-out rows, after each evaluation" if settings.clients else "never",
     }
+    if recipe.personal is not None:
+        texts["own model"] = own_text(recipe.personal.in_full())
     if recipe.adapter.head == "lda":
         texts["head"] = "in round 1, how many examples of each class it has, and the sums of their features"
     texts |= {} if probe else arm_texts(allowed.choices)
@@ -298,6 +302,14 @@ def virtual_text(adapter: AdapterSettings) -> str:
         "p-tuning": "their embeddings" if adapter.send == "embeddings" else "the encoder of their embeddings",
     }
     return f"{adapter.tokens} virtual tokens ({adapter.kind}): {what[adapter.kind]}"
+
+
+def own_text(personal: Personal) -> str:
+    """Return in plain words what of a client's own model stays, and what leaves it."""
+    if not personal.has_state:
+        return "trained from the global model before a score, and then dropped; only its scores leave"
+    stays = f"what {', '.join(personal.keep)} name" if personal.keep else "all of it"
+    return f"{personal.kind}: {stays} stays in this site's folder of the run; its scores and 8 bytes of a digest leave"
 
 
 def work_text(training: Training, choices: PlanChoices, schedule: Schedule) -> str:
@@ -364,6 +376,7 @@ def score_differences(recipe: Recipe, profile: ClientProfile, request: ScoreRequ
         batch=settings.batch,
         examples=settings.client_examples or 0,
         preference=recipe.client.preference,
+        personal=personal_request(recipe, profile.client, profile.num_examples, request.round),
     )
     return [*differences(Comparison(recipe, profile, allowed, expected, request), expected, request, "")]
 

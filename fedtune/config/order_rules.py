@@ -348,7 +348,17 @@ def order_blobs(one: Comparison) -> str:
         trained = one.order.plan.rank_of(one.profile.foundation.modules)
     except ShapeError:
         return ""  # as the rule of the ranks says
-    return next(blob_faults(blobs, one, ranks=trained, pruned=pruned), "")
+    personal = one.recipe.personal
+    # What stays with this client, by the recipe, is in no order.
+    keeps = personal.in_full().keeps if personal is not None and personal.has_state else keeps_nothing
+    if kept_here := sorted(name for role in ("local", "saved") for name in blobs.get(role, {}) if keeps(name)):
+        return f"nothing of what stays here, by personal.keep; not {short_text(kept_here[0])}"
+    return next(blob_faults(blobs, one, ranks=trained, pruned=pruned, keeps=keeps), "")
+
+
+def keeps_nothing(name: str) -> bool:
+    """Return that a tensor does not stay with its client."""
+    return False
 
 
 def score_blobs(one: Comparison) -> str:
@@ -367,6 +377,13 @@ def ledger(one: Comparison) -> str:
     return "none, but an adapter" if one.request.ledger else ""
 
 
+def own_training(one: Comparison) -> str:
+    # As a whole: the rules of an order's training read what only an order has.
+    wanted, came = one.expected.personal, one.request.personal
+    same = wanted is not None and came is not None and wanted.training == came.training
+    return "" if same else "the training of a client's own model that the recipe says"
+
+
 def ordinals(one: Comparison) -> str:
     return "" if one.request.ledger or not one.request.trainable else "none without a ledger"
 
@@ -378,13 +395,14 @@ def blob_faults(
     ranks: Mapping[str, int] | None,
     pruned: bool,
     roles: tuple[str, ...] = ("global", "local", "saved"),
+    keeps: Callable[[str], bool] = keeps_nothing,
 ) -> Iterator[str]:
     """Yield what is expected of tensors that are none of this site's layers; `ranks`: of those that are trained."""
     model = one.profile.foundation
     if strange := sorted(set(blobs) - set(roles)):
         yield f"the roles {', '.join(roles)}; not {short_text(strange[0])}"
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in blobs.get("saved", {}).items()}
-    wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in model.saved.items()}
+    wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in model.saved.items() if not keeps(name)}
     # All of them or, before there is a model to score, none: which are trained is the site's own word.
     if shapes != wanted and (shapes or ranks is not None):
         yield f"as saved {short_text(sorted(wanted))} in this site's shapes"
@@ -468,6 +486,7 @@ FREE: Mapping[str, Rule] = {
     "ScoreRequest.blobs": score_blobs,
     "ScoreRequest.ledger": ledger,
     "ScoreRequest.trainable": ordinals,
+    "PersonalRequest.training": own_training,
     "ScoreRequest.labels": labels,
     "ScoreRequest.date": date,
 }

@@ -8,6 +8,7 @@ from datetime import date
 from functools import partial
 
 from fedtune.config import Recipe, bind_for_sites
+from fedtune.config.personal_requests import personal_request
 from fedtune.config.recipe import largest_rank, method_of, possible_verbs
 from fedtune.devices.measured_clock import MeasuredClock
 from fedtune.errors import ConfigError, Fault
@@ -92,6 +93,9 @@ def server_context(
             ranking=read_ranking(file, recipe.root, common.anatomy, common.base),
             moments=read_moments(file, recipe.root, recipe.pruning, common.anatomy, common.base),
         )
+    if recipe.personal is not None and recipe.personal.has_state and door == "flower":
+        expected = "kind = 'finetune', or `fedtune serve`: a SuperNode has no folder of a run for a client's own model"
+        raise ConfigError(Fault("personal.kind", expected, repr(recipe.personal.kind)))
     if recipe.planner.name == "oracle":
         hint = "it needs the times of a simulated clock, which no deployment has; take planner = 'deadline'"
         raise ConfigError(Fault("planner", "another in a deployment", "'oracle'", hint))
@@ -182,6 +186,7 @@ def score_at_sites(
             labels=tuple(transport.labels),
             date=recipe.data.date or "",
             preference=recipe.client.preference,
+            personal=personal_request(recipe, name, transport.profiles[name].num_examples, round),
         )
         for name in held_out
     }
@@ -189,7 +194,11 @@ def score_at_sites(
     travelled = said.traffic.values()
     traffic = Traffic(down=sum(one.down for one in travelled), up=sum(one.up for one in travelled))
     return ModelScores(
-        test=pooled_scores(said.scores) or None, held_out=said.scores, traffic=traffic, unsolicited=said.unsolicited
+        test=pooled_scores(said.scores) or None,
+        held_out=said.scores,
+        personal=said.personal,
+        traffic=traffic,
+        unsolicited=said.unsolicited,
     )
 
 

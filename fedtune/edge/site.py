@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from math import isqrt
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -165,6 +166,10 @@ class EdgeSite:
             check_memory(opened.bundle, opened.max_bytes, loaded=opened.is_loaded, more=more)
         except ConfigError as error:
             raise ClientError(f"{self.client}: {OUT_OF_MEMORY}: {error}; or lower {setting}") from error
+
+    def in_run(self, folder: Path) -> Self:
+        """Return the device as it is: it stores no model of its own."""
+        return self
 
     def score(self, request: ScoreRequest) -> ClientScores:
         """Return what a global model scores on the rows that the device holds out.

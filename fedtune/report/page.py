@@ -125,6 +125,7 @@ def report_page(run: Run, figures: Mapping[str, Figure]) -> str:
         stalled=stall_text(run),
         totals=tables.clients(run),
         verbs=tables.verbs(run),
+        own_models=tables.own_models(run),
         profiles=devices_table(run),
         idle=idle(run),
         planned=planned_table(run),

@@ -71,6 +71,29 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class ModelMean:
+    """A model's scores over clients: their mean, and those of the tenth of them that it serves worst."""
+
+    mean: Scores = field(default_factory=Scores)
+    worst_tenth: TenthScores = field(default_factory=TenthScores)
+
+
+@dataclass(frozen=True)
+class OwnModels:
+    """Clients' own models beside the global one and the base, on the same rows of the same clients."""
+
+    kind: str
+    round: int
+    clients: int
+    examples: int
+    base: ModelMean
+    server: ModelMean
+    own: ModelMean
+    stored: int | None = None
+    """How many clients have stored one; None where nothing is stored."""
+
+
+@dataclass(frozen=True)
 class ClientTotal:
     examples: int | None = None
     rank: int | None = None
@@ -170,6 +193,8 @@ class Summary:
     adapter_digest: str = ""
     state_digest: str = ""
     selection: Selection = field(default_factory=Selection)
+    personal: OwnModels | None = None
+    """None where no client has a model of its own."""
     clock_s: float = 0.0
     deployed: Scores | None = None
     """On the test data, of the model as it is deployed, after the last round that scored it."""

@@ -163,6 +163,24 @@ def scores(run: Run) -> Table | None:
     return Table(["measured on", "metric", "base", "tuned", "change"], rows, text_columns=2)
 
 
+def own_models(run: Run) -> Table | None:
+    """Return clients' own models beside the global one and the base; None where there are none."""
+    personal = run.summary.personal if run.summary else None
+    if personal is None:
+        return None
+    rows = []
+    for key, title in METRICS.items():
+        models = (personal.base, personal.server, personal.own)
+        if key in ("examples", "tokens") or _metric(personal.own.mean, key) is None:
+            continue
+        rows.append([title, "mean", *(number_text(_metric(model.mean, key)) for model in models)])
+        if personal.own.worst_tenth.clients:
+            of = f"worst tenth ({personal.own.worst_tenth.clients})"
+            rows.append([title, of, *(number_text(_metric(model.worst_tenth, key)) for model in models)])
+    head = f"{personal.clients} clients, {number_text(personal.examples)} rows, after round {personal.round}"
+    return Table([head, "over clients", "base", "server's", f"own ({personal.kind})"], rows, text_columns=2)
+
+
 def _worst_name(run: Run) -> str:
     before, after = evaluations(run)
     names = [worst.client for worst in (before.worst, after.worst) if worst]

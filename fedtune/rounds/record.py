@@ -218,6 +218,9 @@ class RoundRecord:
     working: tuple[str, ...] = ()
     """Clients that were still at work when an asynchronous round ended; left out where there are none."""
 
+    personal: Mapping[str, Metrics] = field(default_factory=dict)
+    """Scores of each client's own model on its held-out rows; left out where they have none."""
+
     @property
     def used(self) -> int:
         """Number of updates that were aggregated."""

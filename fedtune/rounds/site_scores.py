@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from fedtune.errors import WireError
-from fedtune.messages import ClientScores, Failure, ScoreRequest, Traffic
+from fedtune.messages import Failure, ScoreRequest, Traffic
 from fedtune.rounds.admission import LARGEST_LOSS
 from fedtune.rounds.exchange import encoded_bytes
 from fedtune.rounds.record import COUNTS, Metrics
@@ -37,6 +38,8 @@ class SiteScores:
     """By client, sorted by name."""
     missing: Mapping[str, str] = field(default_factory=dict)
     """By client that was asked and has no scores, why."""
+    personal: Mapping[str, Metrics] = field(default_factory=dict)
+    """Of the clients' own models on the same rows, where they were asked for."""
     traffic: Mapping[str, Traffic] = field(default_factory=dict)
     unsolicited: Sequence[UnsolicitedReply] = ()
     """What came meanwhile from clients that were not asked, as a refusal or an answer to an earlier round."""
@@ -62,7 +65,7 @@ def ask_scores(
     # One encoder: clients share the tensors, which are serialised and hashed once.
     encode = blob_encoder()
     encoded = {name: encode_score_request(request, encode=encode) for name, request in sorted(requests.items())}
-    scores, missing, up = dict[str, Metrics](), dict[str, str](), dict[str, int]()
+    scores, personal, missing, up = dict[str, Metrics](), dict[str, Metrics](), dict[str, str](), dict[str, int]()
     unsolicited = list[UnsolicitedReply]()
     for answer in transport.evaluate(encoded, rule):
         name = answer.client
@@ -74,6 +77,11 @@ def ask_scores(
         if isinstance(answer, Reply):
             up[name] = len(answer.update)
         outcome = answer if isinstance(answer, Failure) else admit_scores(answer, requests[name], held_out[name])
+        if isinstance(answer, Reply) and not isinstance(outcome, Failure):
+            # As a whole: a client whose one model cannot be right is not believed of the other.
+            own = admit_own(answer, requests[name], outcome)
+            personal |= {name: own} if own and not isinstance(own, Failure) else {}
+            outcome = own if isinstance(own, Failure) else outcome
         if isinstance(outcome, Failure):
             missing[name] = outcome.reason
         else:
@@ -82,7 +90,13 @@ def ask_scores(
     for name, reason in sorted(missing.items()):
         note(f"{name} has no scores: {reason}")
     traffic = {name: Traffic(down=encoded_bytes(sent), up=up.get(name, 0)) for name, sent in encoded.items()}
-    return SiteScores(dict(sorted(scores.items())), dict(sorted(missing.items())), traffic, unsolicited)
+    return SiteScores(
+        scores=dict(sorted(scores.items())),
+        missing=dict(sorted(missing.items())),
+        personal=dict(sorted(personal.items())),
+        traffic=traffic,
+        unsolicited=unsolicited,
+    )
 
 
 def admit_scores(reply: Reply, request: ScoreRequest, held_out: int) -> Metrics | Failure:
@@ -108,6 +122,24 @@ def admit_scores(reply: Reply, request: ScoreRequest, held_out: int) -> Metrics 
             return refuse(fault, value)
     if "loss" not in stated.metrics:
         return refuse("a loss", "none")
+    return in_order(stated.metrics)
+
+
+def admit_own(reply: Reply, request: ScoreRequest, scores: Metrics) -> Metrics | Failure:
+    """Return what a client's own model scores, if that was asked for and can be true; of an answer that is admitted.
+
+    They must be of as many rows as the global model's, or a comparison of the two would be of other rows.
+    """
+    stated = decode_scores(reply.update, client=reply.client).personal
+    refused = partial(Failure, reply.client, kind="refused", code="SCORES")
+    if request.personal is None:
+        return refused(expected="no scores of a model of its own", got=f"{len(stated)}") if stated else {}
+    rows = int(scores["examples"] or 0)
+    faults = [(fault, value) for name, value in stated.items() if (fault := metric_fault(name, value, rows))]
+    if faults:
+        return refused(expected=f"of its own model {faults[0][0]}", got=f"{faults[0][1]}")
+    if stated.keys() != scores.keys() or stated["examples"] != rows:
+        return refused(expected=f"the scores of its own model on the same {rows} rows", got=f"{sorted(stated)}")
     return in_order(stated)
 
 
@@ -130,7 +162,7 @@ def metric_fault(name: str, value: float, rows: int) -> str:
     return f"a metric of {', '.join(sorted(LOWER_IS_BETTER | HIGHER_IS_BETTER | SIGNED))}; not {name[:40]!r}"
 
 
-def in_order(stated: ClientScores) -> Metrics:
+def in_order(metrics: Mapping[str, float]) -> Metrics:
     """Return the metrics as a simulation writes them: counts as integers behind the scores."""
-    scores = {name: value for name, value in stated.metrics.items() if name not in COUNTS}
-    return scores | {name: int(stated.metrics[name]) for name in COUNTS if name in stated.metrics}
+    scores = {name: value for name, value in metrics.items() if name not in COUNTS}
+    return scores | {name: int(metrics[name]) for name in COUNTS if name in metrics}

@@ -42,6 +42,8 @@ class ModelScores:
     test: Metrics | None = None
     held_out: Mapping[str, Metrics] = field(default_factory=dict)
     """By client, on its held-out rows."""
+    personal: Mapping[str, Metrics] = field(default_factory=dict)
+    """Of each client's own model, on the same rows."""
     deployed: Metrics | None = None
     """Of the same model pruned to what is deployed, on the test data."""
     traffic: Traffic = field(default_factory=Traffic)

@@ -15,12 +15,14 @@ import numpy as np
 
 from fedtune.client.batched import LARGEST, Batched, Resident
 from fedtune.client.perform import perform
+from fedtune.client.personal_scoring import score_own
 from fedtune.client.personal_state import client_folder
 from fedtune.client.shared_work import SharedWork
 from fedtune.client.site import load_site, simulated_site
 from fedtune.client.worker_process import devices_of, payload
 from fedtune.config import Recipe, render
 from fedtune.config.checks import training_apart
+from fedtune.config.personal_requests import personal_request
 from fedtune.config.preference_checks import rows_faults
 from fedtune.config.recipe import largest_rank, method_of, possible_verbs, resources, sized_adapter
 from fedtune.data.encode import Example, depends_on_date
@@ -298,7 +300,8 @@ def score(
     structure: ModelStructure | None = None,
 ) -> ModelScores:
     """Score a global model on the test data (also pruned to `structure`), on clients' held-out rows, or on both."""
-    settings, federation = experiment.recipe.evaluate, experiment.federation
+    recipe, federation = experiment.recipe, experiment.federation
+    settings = recipe.evaluate
     preference = experiment.recipe.client.preference
     measure = partial(
         scoring.evaluate, experiment.base, tuned.adapter, tuned.saved, batch=settings.batch, preference=preference
@@ -312,7 +315,32 @@ def score(
         )
         held_out = measure({name: shard.held_out[: settings.client_examples] for name, shard in shards})
         small = score_pruned(experiment, tuned, structure) if test and structure else None
-    return ModelScores(test=on_test.get("test"), held_out=held_out, deployed=small)
+        own = {name: score_client(experiment, name, tuned, round) for name in held_out if has_own_model(recipe, round)}
+    return ModelScores(test=on_test.get("test"), held_out=held_out, personal=own, deployed=small)
+
+
+def has_own_model(recipe: Recipe, round: int) -> bool:
+    """Return whether clients have models of their own that can be scored after a round: before round 1 none has."""
+    return recipe.personal is not None and round > 0
+
+
+def score_client(experiment: Experiment, name: str, tuned: GlobalModel, round: int) -> Mapping[str, float]:
+    """Return what one client's own model scores on the rows that the client holds out."""
+    recipe, shard = experiment.recipe, experiment.federation.clients[name]
+    request = personal_request(recipe, name, len(shard.train), round)
+    assert request is not None  # for there are such models
+    return score_own(
+        experiment.base,
+        shard.train,
+        shard.held_out[: recipe.evaluate.client_examples],
+        request,
+        client=name,
+        round=round,
+        adapter=tuned.adapter,
+        saved=tuned.saved,
+        folder=client_folder(experiment.personal, name) if experiment.personal else None,
+        batch=recipe.evaluate.batch,
+    )
 
 
 def score_pruned(experiment: Experiment, tuned: GlobalModel, structure: ModelStructure) -> Mapping[str, float] | None:

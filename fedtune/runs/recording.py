@@ -79,7 +79,8 @@ def record_round(context: RunContext, run: Path, finished: RoundResult, earlier:
     scored = RoundRecord(finished.round, 0.0, test=scores.test, held_out=scores.held_out)
     if not last and not scores.held_out and ends_early(recipe.rounds, [*earlier, scored]):
         at_end = context.score(tuned, round=finished.round, test=False, clients=True)
-        scores = replace(scores, held_out=at_end.held_out, unsolicited=[*scores.unsolicited, *at_end.unsolicited])
+        unsolicited = [*scores.unsolicited, *at_end.unsolicited]
+        scores = replace(scores, held_out=at_end.held_out, personal=at_end.personal, unsolicited=unsolicited)
     record = round_record(
         finished,
         decomposed=method.decomposed(finished.state) if method.decomposed else compress(tuned.adapter),
@@ -158,6 +159,7 @@ def round_record(
         clock_s=finished.clock_s,
         rate_share=finished.rate_share,
         deployed=scores.deployed,
+        personal=scores.personal,
         working=tuple(finished.working),
     )
 

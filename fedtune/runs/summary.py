@@ -18,6 +18,7 @@ from fedtune.rounds.schedule import Schedule
 from fedtune.rounds.selection import best_record, ends_early, kept_record, score_of
 from fedtune.rounds.worst_tenth import worst_tenths
 from fedtune.runs.context import RunContext, no_samples, versions
+from fedtune.runs.personal_summary import personal_summary
 from fedtune.store import result
 
 
@@ -51,6 +52,7 @@ def summary(
         "before": evaluation(first.test, first.held_out),
         "after": scores,
         "selection": selection(recipe.rounds, records),
+        **personal_summary(recipe.personal, records),
         "clients": client_totals(records, context.fleet),
         "bytes_down": sum(record.bytes_down for record in records),
         "bytes_up": sum(record.bytes_up for record in records),

@@ -58,6 +58,7 @@ def encode(record: RoundRecord) -> Mapping[str, Any]:
         "figures": record.figures,
         "clock_s": record.clock_s,
         **({} if record.rate_share == 1.0 else {"rate_share": record.rate_share}),
+        **({"personal": record.personal} if record.personal else {}),
         **({} if record.deployed is None else {"deployed": record.deployed}),
         **({"working": record.working} if record.working else {}),
     }

@@ -33,7 +33,7 @@ def table_width(console: Console) -> int:
 def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """Print the content of summary.json: the scores before and after, the clients, and answers."""
     width = table_width(console)
-    for part in (scores(summary), clients(summary)):
+    for part in (scores(summary), own_models(summary), clients(summary)):
         if part.row_count:
             console.print(part, width=width)
     if line := selection(summary):
@@ -129,6 +129,22 @@ def scores(summary: Mapping[str, Any]) -> Table:
     table = grid(f"{title}; {traffic}", "", *map(words, metrics))
     for scope, (old, new) in shown.items():
         table.add_row(Text(scope), *(change(old.get(metric), new.get(metric)) for metric in metrics))
+    return table
+
+
+def own_models(summary: Mapping[str, Any]) -> Table:
+    """Return clients' own models beside the global one and the base: a row per metric, over all and the worst tenth."""
+    own = summary.get("personal")
+    if not own:
+        return grid("", "")
+    title = f"models of {own['clients']} clients' own ({own['kind']}), on {own['examples']} held-out rows"
+    table = grid(title, "", "base", "server's", "own")
+    models = [own[name] for name in ("base", "server", "own")]
+    for metric in score_names(models[-1]["mean"]):
+        table.add_row(f"{words(metric)}, mean", *(number(model["mean"].get(metric)) for model in models))
+        if count := models[-1]["worst_tenth"].get("clients"):
+            of = f"{words(metric)}, worst tenth ({count})"
+            table.add_row(of, *(number(model["worst_tenth"].get(metric)) for model in models))
     return table
 
 

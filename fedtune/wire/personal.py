@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from fedtune.messages import Personal, PersonalTrace
+from fedtune.messages import Personal, PersonalRequest, PersonalTrace, Training
+from fedtune.wire import settings
 from fedtune.wire.expect import LARGEST, MAX_COUNT, expect
 from fedtune.wire.probe import choice
 from fedtune.wire.v1 import round_pb2 as pb
@@ -18,6 +20,7 @@ KINDS: Mapping[str, int] = {
     "fedbn": pb.FEDBN,
     "finetune": pb.FINETUNE,
 }
+TRAIN: Mapping[str, int] = {"ab": pb.TRAIN_AB, "b": pb.TRAIN_B}
 MAX_GLOBS = 256
 DIGEST_BYTES = 8
 
@@ -51,6 +54,40 @@ def from_message(message: pb.Personal) -> Personal:
         rate=message.rate if message.HasField("rate") else None,
         steps=message.steps or None,
     )
+
+
+def write_request(header: pb.Assignment, request: PersonalRequest | None) -> None:
+    """Write which model of its own a client scores; nothing where it has none."""
+    if request is None:
+        return
+    header.personal.CopyFrom(to_message(request.personal))
+    if request.training is not None:
+        train: Any = TRAIN[request.train]
+        encoded = settings.encode(request.training)
+        header.score.MergeFrom(pb.Score(settings=encoded, scale=request.scale, train=train, seed=request.seed))
+
+
+def read_request(header: pb.Assignment) -> PersonalRequest | None:
+    """Return which model of its own a client scores; None where it has none.
+
+    Raises:
+        WireError: if there are numbers that the model's kind does not read, or none that it does.
+    """
+    score = header.score
+    stated = bool(score.settings or score.scale or score.train or score.seed)
+    if not header.HasField("personal"):
+        expect(not stated, "no training without a personal model", "one")
+        return None
+    request = PersonalRequest(from_message(header.personal))
+    expect(stated != request.personal.has_state, "a training before a score with finetune alone", "another request")
+    if not stated:
+        return request
+    training = settings.decode(score.settings, Training)
+    known = training.learning_rate != "auto" and training.steps is not None
+    expect(known, "settings with a learning rate and steps", "others")
+    expect(0 < score.scale <= LARGEST, "a scale above 0 in float32", score.scale)
+    train: Any = choice(TRAIN, score.train, "train")
+    return replace(request, training=training, scale=score.scale, train=train, seed=score.seed)
 
 
 def write_trace(header: pb.ClientUpdate, trace: PersonalTrace | None) -> None:

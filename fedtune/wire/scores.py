@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from fedtune.directions.space import MAX_ACCUMULATORS
 from fedtune.messages import ClientScores, Preference, ScoreRequest
 from fedtune.tensors import Tensors
+from fedtune.wire import personal
 from fedtune.wire.codec import (
     Blob,
     EncodedAssignment,
@@ -45,6 +46,7 @@ def encode_score_request(
     if request.preference is not None:
         score.preference_beta = request.preference.beta
     header.score.CopyFrom(score)
+    personal.write_request(header, request.personal)
     bodies = dict[str, bytes]()
     # Sorted, as in an assignment: one request has one encoding.
     for role in sorted(request.blobs):
@@ -100,6 +102,7 @@ def _request_from(header: bytes, decode: Callable[[pb.Blob], Tensors]) -> ScoreR
         labels=tuple(message.labels),
         date=day_of(message),
         preference=Preference(beta) if beta > 0 else None,
+        personal=personal.read_request(message),
     )
 
 
@@ -107,6 +110,7 @@ def encode_scores(scores: ClientScores) -> bytes:
     """Return a client's scores as bytes."""
     message = pb.ScoreUpdate(client=scores.client, round=scores.round, base=scores.base, seconds=scores.seconds)
     message.metrics.update({name: float(value) for name, value in scores.metrics.items()})
+    message.personal.update({name: float(value) for name, value in scores.personal.items()})
     # A map has no order of its own: one answer is to have one encoding.
     return message.SerializeToString(deterministic=True)
 
@@ -122,4 +126,6 @@ def decode_scores(data: bytes | memoryview, *, client: str) -> ClientScores:
     expect(message.client == client, f"scores of {client!r}", f"some of {message.client[:80]!r}")
     expect(0 <= message.seconds <= LARGEST, f"{client}: a time of at least 0 s", message.seconds)
     expect(len(message.metrics) <= MAX_METRICS, f"{client}: at most {MAX_METRICS} metrics", len(message.metrics))
-    return ClientScores(client, message.round, message.base, dict(sorted(message.metrics.items())), message.seconds)
+    expect(len(message.personal) <= MAX_METRICS, f"{client}: at most {MAX_METRICS} metrics", len(message.personal))
+    metrics, own = (dict(sorted(part.items())) for part in (message.metrics, message.personal))
+    return ClientScores(client, message.round, message.base, metrics, message.seconds, own)

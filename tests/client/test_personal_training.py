@@ -14,11 +14,21 @@ import pytest
 
 from fedtune.client import perform as perform_module
 from fedtune.client.personal_state import StateFolder, client_folder
+from fedtune.client.site import Site
 from fedtune.client.worker_process import payload, prepare
 from fedtune.data.encode import Example
 from fedtune.errors import ClientError
 from fedtune.lora.adapter import draw_a
-from fedtune.messages import Assignment, ClientUpdate, Personal, Plan, Training, TrainLora
+from fedtune.messages import (
+    Assignment,
+    ClientUpdate,
+    Personal,
+    PersonalRequest,
+    Plan,
+    ScoreRequest,
+    Training,
+    TrainLora,
+)
 from fedtune.model.base import Base, digest, load, load_tokenizer
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.model.shares import Shares
@@ -192,3 +202,24 @@ def test_a_worker_process_stores_in_the_client_s_own_folder(
     assert stored is not None
     assert update.lora.personal is not None
     assert update.lora.personal.after == stored.digest
+
+
+def test_a_site_stores_in_the_folder_of_the_run_and_scores_from_there(
+    base: Base, rows: list[Example], tmp_path: Path
+) -> None:
+    site = Site("ann", base, rows[:3], (), 1, held_out=rows[3:])
+    here = site.in_run(tmp_path / "runs" / "ab12")
+    asked = order(base, KINDS["share-a"])
+    before = here.perform(asked)
+    again = site.in_run(tmp_path / "runs" / "ab12").perform(asked)  # killed between training and sending
+    assert before.lora.personal == again.lora.personal
+    assert [path.parent.name for path in tmp_path.rglob("*.safetensors")] == ["personal"]
+    zeros: Tensors = {f"{name}.b": np.zeros((m, 4), np.float32) for name, (m, _) in base.modules.items()}
+    blobs: Mapping[str, Tensors] = {"global": {**asked.lora.blobs["local"], **zeros}}
+    request = ScoreRequest("ann", "fedit", 1, base.digest, batch=2, blobs=blobs)
+    request = replace(request, personal=PersonalRequest(KINDS["share-a"].in_full()))
+    scores = here.score(request)
+    assert scores.personal["examples"] == scores.metrics["examples"] == 2
+    assert scores.personal["loss"] != scores.metrics["loss"]
+    elsewhere = site.in_run(tmp_path / "runs" / "cd34").score(request)  # of another run it has none
+    assert elsewhere.personal == elsewhere.metrics

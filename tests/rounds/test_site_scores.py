@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from fedtune.messages import ClientScores, Failure, ScoreRequest
+from fedtune.messages import ClientScores, Failure, Personal, PersonalRequest, ScoreRequest
 from fedtune.rounds.record import Metrics
 from fedtune.rounds.site_scores import admit_scores, ask_scores
 from fedtune.rounds.transport import Answer, Reply, Rule, UnsolicitedReply
@@ -108,3 +108,35 @@ def test_what_clients_say_is_sorted_by_name_and_who_says_nothing_is_named() -> N
     assert said.unsolicited == answers[:1]
     assert said.traffic["ann"].up == len(encode_scores(GOOD))
     assert said.traffic["dan"].up == 0 < said.traffic["dan"].down
+
+
+def own_request(name: str) -> ScoreRequest:
+    return replace(request(name), personal=PersonalRequest(Personal("ditto")))
+
+
+def test_scores_of_a_client_s_own_model_stand_beside_the_global_one_s() -> None:
+    scores = replace(GOOD, personal={**GOOD.metrics, "loss": 2.0})
+    transport = Scripted([Reply("ann", encode_scores(scores))])
+    said = ask_scores(transport, {"ann": own_request("ann")}, held_out={"ann": 8}, rule=Rule(1))
+    assert (said.scores["ann"]["loss"], said.personal["ann"]["loss"]) == (2.5, 2.0)
+    assert said.personal["ann"]["examples"] == 4
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "reason"),
+    [
+        ({}, True, "the scores of its own model on the same 4 rows"),
+        ({**GOOD.metrics, "examples": 3.0}, True, "the scores of its own model on the same 4 rows"),
+        ({**GOOD.metrics, "loss": math.nan}, True, "of its own model loss: a finite number"),
+        ({**GOOD.metrics, "profit": 1.0}, True, "not 'profit'"),
+        (GOOD.metrics, False, "no scores of a model of its own"),
+    ],
+)
+def test_scores_of_an_own_model_that_cannot_be_true_cost_the_client_both(
+    own: dict[str, float], asked: bool, reason: str
+) -> None:
+    transport = Scripted([Reply("ann", encode_scores(replace(GOOD, personal=own)))])
+    requests = {"ann": own_request("ann") if asked else request("ann")}
+    said = ask_scores(transport, requests, held_out={"ann": 8}, rule=Rule(1))
+    assert (said.scores, said.personal) == ({}, {})
+    assert reason in said.missing["ann"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedtune.errors import WireError
-from fedtune.messages import ClientScores, Preference, ScoreRequest
+from fedtune.messages import ClientScores, Personal, PersonalRequest, Preference, ScoreRequest, Training
 from fedtune.wire.codec import parse
 from fedtune.wire.scores import (
     MAX_LEDGER_BYTES,
@@ -90,3 +90,35 @@ def test_scores_of_another_client_or_shape_are_refused() -> None:
         decode_scores(b"\0" * 20_000, client="ann")
     with pytest.raises(WireError, match="ScoreUpdate"):
         decode_scores(b"\xff", client="ann")
+
+
+OWN = PersonalRequest(Personal("finetune", steps=3).in_full(), Training(steps=3, epochs=None), 2.0, "b", seed=5)
+
+
+@pytest.mark.parametrize("own", [OWN, PersonalRequest(Personal("ditto").in_full())])
+def test_a_request_says_which_model_of_its_own_a_client_scores(own: PersonalRequest) -> None:
+    request = replace(REQUEST, blobs={}, personal=own)
+    assert decode_score_request(encode_score_request(request).header, {}) == request
+
+
+def test_a_training_before_a_score_is_of_finetune_alone() -> None:
+    def decoded(request: ScoreRequest, **score: object) -> object:
+        message = parse(pb.Assignment(), encode_score_request(replace(request, blobs={})).header)
+        message.score.MergeFrom(pb.Score(**score))  # type: ignore[arg-type]
+        return decode_score_request(message.SerializeToString(), {})
+
+    with pytest.raises(WireError, match="no training without a personal model"):
+        decoded(REQUEST, scale=1.0)
+    with pytest.raises(WireError, match="finetune alone"):
+        decoded(replace(REQUEST, personal=PersonalRequest(Personal("ditto"))), seed=1)
+    with pytest.raises(WireError, match="finetune alone"):
+        decoded(replace(REQUEST, personal=PersonalRequest(Personal("finetune"))))
+    with pytest.raises(WireError, match="a scale above 0"):
+        decoded(replace(REQUEST, personal=replace(OWN, scale=-1.0)))
+    with pytest.raises(WireError, match="a learning rate and steps"):
+        decoded(replace(REQUEST, personal=replace(OWN, training=Training(steps=None))))
+
+
+def test_scores_of_both_models_come_back() -> None:
+    scores = replace(SCORES, personal={"examples": 2.0, "loss": 2.25})
+    assert decode_scores(encode_scores(scores), client="ann") == scores

@@ -46,6 +46,9 @@ class TrainingSite(Protocol):
     def profile(self) -> ClientProfile: ...
     def perform(self, assignment: Assignment) -> ClientUpdate: ...
     def score(self, request: ScoreRequest) -> ClientScores: ...
+    def in_run(self, folder: Path) -> Self:
+        """Return the client with the folder of a run at this site, where it may store what is to stay there."""
+        ...
 
 
 LoadSite: TypeAlias = Callable[[str, OnStep], TrainingSite]
@@ -176,6 +179,7 @@ def run_request(site: TrainingSite, request: Mapping[str, Any], energy: Energy =
             (into / digest).write_bytes(body)
         return {}
     folder = Path(request["folder"])
+    site = site.in_run(folder.parent)
     # Mapped, not read: an assignment may be larger than the memory that is free.
     bodies: dict[str, Any] = {name: map_file(folder / name) for name in request["bodies"]}
     front = (folder / "front").read_bytes()

@@ -331,18 +331,26 @@ class Personal(_message.Message):
     def __init__(self, kind: _Optional[_Union[PersonalKind, str]] = ..., keep: _Optional[_Iterable[str]] = ..., strength: _Optional[float] = ..., rate: _Optional[float] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class Score(_message.Message):
-    __slots__ = ("examples", "batch", "ledger", "trainable", "preference_beta")
+    __slots__ = ("examples", "batch", "ledger", "trainable", "preference_beta", "settings", "scale", "train", "seed")
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     LEDGER_FIELD_NUMBER: _ClassVar[int]
     TRAINABLE_FIELD_NUMBER: _ClassVar[int]
     PREFERENCE_BETA_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
     examples: int
     batch: int
     ledger: bytes
     trainable: _containers.RepeatedScalarFieldContainer[int]
     preference_beta: float
-    def __init__(self, examples: _Optional[int] = ..., batch: _Optional[int] = ..., ledger: _Optional[bytes] = ..., trainable: _Optional[_Iterable[int]] = ..., preference_beta: _Optional[float] = ...) -> None: ...
+    settings: bytes
+    scale: float
+    train: Train
+    seed: int
+    def __init__(self, examples: _Optional[int] = ..., batch: _Optional[int] = ..., ledger: _Optional[bytes] = ..., trainable: _Optional[_Iterable[int]] = ..., preference_beta: _Optional[float] = ..., settings: _Optional[bytes] = ..., scale: _Optional[float] = ..., train: _Optional[_Union[Train, str]] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Assignment(_message.Message):
     __slots__ = ("verb", "method", "plan", "seed", "settings", "down", "local", "round", "base", "probe", "surgery", "labels", "date", "descend", "sum", "personal", "score")
@@ -507,8 +515,15 @@ class SumUpdate(_message.Message):
     def __init__(self, round: _Optional[int] = ..., base: _Optional[str] = ..., counts: _Optional[_Iterable[int]] = ..., sums: _Optional[_Iterable[int]] = ..., squares: _Optional[_Iterable[int]] = ..., seconds: _Optional[float] = ..., peak_mib: _Optional[int] = ..., tokens: _Optional[int] = ..., joules: _Optional[float] = ...) -> None: ...
 
 class ScoreUpdate(_message.Message):
-    __slots__ = ("client", "round", "base", "metrics", "seconds")
+    __slots__ = ("client", "round", "base", "metrics", "seconds", "personal")
     class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class PersonalEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -520,12 +535,14 @@ class ScoreUpdate(_message.Message):
     BASE_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PERSONAL_FIELD_NUMBER: _ClassVar[int]
     client: str
     round: int
     base: str
     metrics: _containers.ScalarMap[str, float]
     seconds: float
-    def __init__(self, client: _Optional[str] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ...) -> None: ...
+    personal: _containers.ScalarMap[str, float]
+    def __init__(self, client: _Optional[str] = ..., round: _Optional[int] = ..., base: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[float] = ..., personal: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Terms(_message.Message):
     __slots__ = ("labels",)

@@ -146,6 +146,9 @@ def test_without_space_for_an_update_nothing_of_it_stays(tmp_path: Path, monkeyp
     class Working:
         client, scores = "site-a", "send"
 
+        def in_run(self, folder: Path) -> object:
+            return self
+
         def perform(self, assignment: object) -> None:
             (tmp_path / "update").write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
