@@ -7,7 +7,7 @@ from typing import Any
 
 from fedtune.terminal.bill import indented_lines, short
 
-CLIENTS, COLUMNS, NAME = 24, 80, 14
+CLIENTS, COLUMNS, NAME = 24, 80, 24
 """Clients that are listed, columns of a line, and those of a client's name."""
 LABEL = 15
 """Columns of a label, at most."""

@@ -26,15 +26,15 @@ def split(clients: dict[str, list[int]], labels: list[str], **more: Any) -> dict
 def test_sizes_labels_and_distances_by_hand() -> None:
     assert list(lines(split({"north": [1200, 3], "south": [0, 40]}, ["qa", "open"], test=7))) == [
         "Split meta: 2 clients hold 1,243 rows; 0 go to none",
-        "client            train  held out    test  distance",
-        "north             1,203         0       7     0.250",
-        "south                40         0       7     0.250",
+        "client                      train  held out    test  distance",
+        "north                       1,203         0       7     0.250",
+        "south                          40         0       7     0.250",
         "",
         "Rows of the labels in 'category'",
-        "client            qa  open",
-        "north          1,200     3",
-        "south              0    40",
-        "all            1,200    43",
+        "client                      qa  open",
+        "north                    1,200     3",
+        "south                        0    40",
+        "all                      1,200    43",
         "    mean total-variation distance of a client from all rows together: 0.250",
     ]
 
@@ -59,4 +59,4 @@ def test_no_line_is_longer_than_eighty_columns(labels: int, count: int) -> None:
 def test_rows_without_labels_have_sizes_alone() -> None:
     content = split({"a": [3]}, ["x"])
     del content["mix"]
-    assert list(lines(content))[1:] == ["client            train  held out", "a                     3         0"]
+    assert list(lines(content))[1:] == ["client                      train  held out", "a                               3         0"]
