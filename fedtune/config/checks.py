@@ -23,6 +23,7 @@ from fedtune.config.planner_checks import (
 from fedtune.config.preference_checks import preference_faults
 from fedtune.config.recipe import Recipe, method_type_of, requested_verbs
 from fedtune.config.search_checks import search_faults
+from fedtune.config.split_checks import match_faults
 from fedtune.config.tables import apply_rule
 from fedtune.config.verb_checks import (
     accumulator_faults,
@@ -505,6 +506,7 @@ RULES: Sequence[Rule] = (
     selection_faults,
     fleet_size_faults,
     split_faults,
+    match_faults,
     selected_client_faults,
     source_faults,
     test_data_faults,

@@ -553,6 +553,11 @@ def asynchronous_part(given: Given) -> Iterator[Setting | Remark]:
     if manner not in MANNERS:
         raise wrong("asyn.broadcast_manner", "after_aggregating or after_receiving", manner)
     yield Setting("asynchronous.trigger", TRIGGERS[ending], ("asyn.use", "asyn.aggregator"))
+    if given.text("federate.mode", "standalone") == "standalone":
+        yield Setting("fleet.name", "lognormal", ("asyn.use",))
+        yield Remark(
+            "asyn.use", "a simulation takes the order of updates from its fleet's clock: choose the devices there"
+        )
     if ending == "time_up":
         yield Setting("asynchronous.budget_s", given.number("asyn.time_budget", 0), ("asyn.time_budget",))
     else:

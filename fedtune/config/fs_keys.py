@@ -239,7 +239,7 @@ PARTS: Mapping[str, FsKey] = {
     "finetune.optimizer.lr": same("personal.rate"),
     "finetune.optimizer.type": none("the client's own"),
     "finetune.freeze_param": none("the adapter alone is trained"),
-    "asyn.use": same("asynchronous.buffer", "asynchronous.trigger"),
+    "asyn.use": same("asynchronous.buffer", "asynchronous.trigger", "fleet.name"),
     "asyn.min_received_num": same("asynchronous.buffer"),
     "asyn.min_received_rate": same("asynchronous.buffer", note="of the round's clients, rounded down"),
     "asyn.aggregator": same("asynchronous.trigger", note="goal_achieved is goal, time_up time"),

@@ -88,8 +88,8 @@ class Split:
     as the `partition.jsonl` of a run. Relative to the recipe's folder."""
     match: Literal["train"] | None = field(default=None, metadata=OMIT_DEFAULT)
     """train: the rows of `data.test` are divided as well, each value of `by` in the shares in which its training rows
-    were, so that each client is scored on its own mix of values; all other rows are trained on, and `data.held_out` is
-    not read. None: clients hold out rows of their own, and `data.test` belongs to no client."""
+    were, so that each client is scored on its own mix of values; all rows of the source are trained on, and
+    `data.held_out` is not read. None: clients hold out rows of their own, and `data.test` belongs to no client."""
 
 
 @dataclass(frozen=True)

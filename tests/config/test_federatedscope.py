@@ -258,6 +258,12 @@ def test_every_key_of_a_file_is_accounted_for_once_and_as_the_table_says(values:
             assert setting.path in KEYS[key].ours, (key, setting.path)
 
 
+@pytest.mark.parametrize("values", ALL, ids=range(len(ALL)))
+def test_every_recipe_binds(values: Mapping[str, Any]) -> None:
+    converted = convert(values)
+    assert bind(recipe_text(converted, "config.yaml")).rounds.count == 7
+
+
 def test_every_pair_of_keys_in_the_table_is_made_by_some_file() -> None:
     made = {
         (key, setting.path)

@@ -88,8 +88,8 @@ SPLITS = st.one_of(
     some(Split, kind="dirichlet", clients=5, by="label", sizes=None, **WHOLE).filter(lambda split: split.alpha),
     some(Split, kind="sizes", by=None, clients=None, alpha=None, sizes=(3, 4), **WHOLE),
     some(Split, kind="files", by=None, clients=None, alpha=None, sizes=None, **WHOLE),
-    some(Split, kind="meta", by="label", clients=4, alpha=None, sizes=None, file=None),
-    some(Split, kind="file", clients=None, alpha=None, sizes=None, file="absent: p"),
+    some(Split, kind="meta", by="label", clients=4, alpha=None, sizes=None, **WHOLE),
+    some(Split, kind="file", clients=None, alpha=None, sizes=None, file="absent: p", match=None),
 )
 SENDING = st.sampled_from(["after-aggregating", "after-receiving"])
 SHARES = {"staleness_exponent": st.floats(0, 9), "max_staleness": st.integers(0, 99), "concurrency": st.none()}
@@ -253,11 +253,9 @@ def recipes(draw: st.DrawFn) -> Recipe:
 
 
 def data_of(drawn: DataSettings, packing: Mapping[str, Any]) -> DataSettings:
-    """Return a table `data` without what its split excludes, and with what it needs."""
-    split = drawn.split
-    test = "absent: t" if split.match is not None else drawn.test
-    alone: Mapping[str, Any] = {"limit": None, "streaming": False} if split.kind == "file" else {}
-    return replace(drawn, test=test, **alone, **packing)
+    """Return a table `data` without what its split excludes."""
+    alone: Mapping[str, Any] = {"limit": None, "streaming": False} if drawn.split.kind == "file" else {}
+    return replace(drawn, **alone, **packing)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -59,4 +59,7 @@ def test_no_line_is_longer_than_eighty_columns(labels: int, count: int) -> None:
 def test_rows_without_labels_have_sizes_alone() -> None:
     content = split({"a": [3]}, ["x"])
     del content["mix"]
-    assert list(lines(content))[1:] == ["client                      train  held out", "a                               3         0"]
+    assert list(lines(content))[1:] == [
+        "client                      train  held out",
+        "a                               3         0",
+    ]
