@@ -42,7 +42,9 @@ def import_fs(
         from fedtune.config.fs_yaml import read_yaml
         from fedtune.errors import ConfigError, Fault
 
-        converted = convert(read_yaml(config), base=base, data=data)
+        values = read_yaml(config)
+        space = config.parent / str(values.get("hpo.ss", ""))
+        converted = convert(values, base=base, data=data, space=read_yaml(space) if space.is_file() else None)
         text = recipe_text(converted, config.name)
         bind(text)
         if out is not None:

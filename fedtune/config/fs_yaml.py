@@ -60,10 +60,15 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
         raise ConfigError(Fault("", "YAML in UTF-8", got), source=label) from error
     if not isinstance(tables, dict) or not tables:
         raise ConfigError(Fault("", "tables of settings", "nothing" if not tables else type_of(tables)), source=label)
+    values: dict[str, Any] = {}
     try:
-        return dict(flat_values(tables))
+        for key, value in flat_values(tables):
+            if key in values:  # spelt with dots beside a table
+                raise ConfigError(Fault(key, "one value", "two", "leave one of them out"), source=label)
+            values[key] = value
     except RecursionError:
         raise ConfigError(Fault("", "YAML", "tables nested too deeply"), source=label) from None
+    return values
 
 
 def flat_values(tables: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

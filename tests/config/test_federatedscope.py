@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.config import bind
-from fedtune.config.federatedscope import PARTS, Converted, Given, Setting, convert, recipe_text
+from fedtune.config.federatedscope import PARTS, Converted, convert, recipe_text, space_by_key
+from fedtune.config.fs_given import Given, Setting
 from fedtune.config.fs_keys import GROUPS, KEYS, SWITCHES
 from fedtune.errors import ConfigError
 
@@ -118,6 +119,29 @@ TIMED = {**ASYNC, "asyn.aggregator": "time_up", "asyn.time_budget": 10}
 BY_RATE = {**ASYNC, "asyn.min_received_rate": 0.7}
 FILE = {**SMALL, "data.type": "mine.jsonl@llm", "data.root": "there", "federate.method": "global"}
 EPOCHS = {**SMALL, "train.batch_or_epoch": "epoch", "train.local_update_steps": 2, "data.batch_size": 4}
+SEARCH = {
+    **SMALL,
+    "hpo.scheduler": "sha",
+    "hpo.ss": "space.yaml",
+    "hpo.init_cand_num": 9,
+    "hpo.sha.elim_rate": 3,
+    "hpo.sha.budgets": [1, 3],
+}
+POPULATION = {**SEARCH, "hpo.scheduler": "pbt", "hpo.pbt.max_stage": 3}
+SPACE = {
+    "train.optimizer.lr.type": "float",
+    "train.optimizer.lr.lower": "1e-4",
+    "train.optimizer.lr.upper": 0.1,
+    "train.optimizer.lr.log": True,
+    "train.local_update_steps.type": "int",
+    "train.local_update_steps.lower": 5,
+    "train.local_update_steps.upper": 30,
+    "dataloader.batch_size.type": "cate",
+    "dataloader.batch_size.choices": [1, 2],
+    "model.layer.type": "int",
+    "model.layer.lower": 1,
+    "model.layer.upper": 2,
+}
 ALL: tuple[Mapping[str, Any], ...] = (
     SMALL,
     RICH,
@@ -134,7 +158,7 @@ ALL: tuple[Mapping[str, Any], ...] = (
     ASYNC,
     TIMED,
 )
-ALL = (*ALL, BY_RATE, FILE, EPOCHS)
+ALL = (*ALL, BY_RATE, FILE, EPOCHS, SEARCH, POPULATION)
 
 
 def keys(converted: Converted) -> dict[str, Any]:
@@ -147,6 +171,41 @@ def keys(converted: Converted) -> dict[str, Any]:
         return values
 
     return flat(converted.tables)
+
+
+def table_key(path: str) -> str:
+    """Return a key as the table names it: all of a search space as one."""
+    return "search.space" if path.startswith("search.space.") else path
+
+
+def given_of(values: Mapping[str, Any]) -> Given:
+    return Given(values, space_by_key(SPACE) if "hpo.ss" in values else {})
+
+
+def test_a_search_space_in_its_file_becomes_the_table_search() -> None:
+    converted = convert(SEARCH, space=SPACE)
+    assert converted.tables["search"] == {
+        "kind": "sha",
+        "trials": 9,
+        "reduction": 3,
+        "first_rung": 1,
+        "space": {
+            "client": {
+                "learning_rate": {"low": 1e-4, "high": 0.1, "log": True},
+                "steps": {"low": 5, "high": 30},
+                "batch": [1, 2],
+            }
+        },
+    }
+    entries = {entry.key: entry for entry in converted.entries}
+    assert "model.layer is not searched here" in entries["hpo.ss"].note
+    search = bind(recipe_text(converted, "x")).search
+    assert search is not None
+    assert list(search.space) == ["client.learning_rate", "client.steps", "client.batch"]
+    assert convert(POPULATION, space=SPACE).tables["search"]["interval"] == 2
+    without = convert(SEARCH)
+    assert "search" not in without.tables
+    assert "its file is not here" in {entry.key: entry for entry in without.entries}["hpo.ss"].note
 
 
 def test_gsm8k_among_three_clients_as_published() -> None:
@@ -250,26 +309,26 @@ def test_a_krum_of_nine_clients_has_room_for_two_attackers() -> None:
 
 @pytest.mark.parametrize("values", ALL, ids=range(len(ALL)))
 def test_every_key_of_a_file_is_accounted_for_once_and_as_the_table_says(values: Mapping[str, Any]) -> None:
-    converted = convert(values)
+    converted = convert(values, space=SPACE if "hpo.ss" in values else None)
     assert [entry.key for entry in converted.entries] == list(values)
     assert all(entry.known and (entry.ours or entry.note) for entry in converted.entries)
-    for setting in (item for part in PARTS for item in part(Given(values)) if isinstance(item, Setting)):
+    for setting in (item for part in PARTS for item in part(given_of(values)) if isinstance(item, Setting)):
         for key in setting.of:
-            assert setting.path in KEYS[key].ours, (key, setting.path)
+            assert table_key(setting.path) in KEYS[key].ours, (key, setting.path)
 
 
 @pytest.mark.parametrize("values", ALL, ids=range(len(ALL)))
 def test_every_recipe_binds(values: Mapping[str, Any]) -> None:
-    converted = convert(values)
+    converted = convert(values, space=SPACE if "hpo.ss" in values else None)
     assert bind(recipe_text(converted, "config.yaml")).rounds.count == 7
 
 
 def test_every_pair_of_keys_in_the_table_is_made_by_some_file() -> None:
     made = {
-        (key, setting.path)
+        (key, table_key(setting.path))
         for values in ALL
         for part in PARTS
-        for setting in part(Given(values))
+        for setting in part(given_of(values))
         if isinstance(setting, Setting)
         for key in setting.of
     }

@@ -48,6 +48,7 @@ def test_no_key_is_lost_where_a_table_is_empty(tmp_path: Path) -> None:
     [
         ("a: 1\na: 2", "YAML with each key once and no aliases; got 'a' twice in line 1"),
         ("a: {b: 1, c: {d: 1, d: 2}}", "got 'd' twice in line 1"),
+        ("a: {b: 1}\na.b: 2", "a.b: expected one value; got two"),
         ("a: &x [1]\nb: *x", "got an alias in line 2"),
         ("a: &a [x]\nb: &b [*a, *a]\nc: &c [*b, *b]", "got an alias in line 2"),
         ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor for the tag"),
@@ -58,7 +59,7 @@ def test_no_key_is_lost_where_a_table_is_empty(tmp_path: Path) -> None:
         ("a: " + "{b: " * 3000 + "1" + "}" * 3000, "got"),
         ("x" * (LARGEST + 1), "at most 1,048,576 bytes; got 1,048,577"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_hostile_files_are_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
