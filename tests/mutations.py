@@ -46,6 +46,21 @@ class Fault:
 
 
 FAULTS = (
+    # Virtual tokens: where they stand, what they start from, how they are stored.
+    Fault("model/virtual_tokens.py", "places + tokens.count], 1)", "places], 1)",
+          "a text behind virtual tokens is read at its own places"),
+    Fault("model/virtual_tokens.py", "output.last_hidden_state[:, ahead:]", "output.last_hidden_state[:, : -ahead]",
+          "the last places are cut off in place of the virtual ones"),
+    Fault("model/virtual_tokens.py", "mask.new_ones(rows, tokens.count), mask]", "mask, mask.new_ones(rows, tokens.count)]",
+          "the mask of virtual tokens stands behind the text"),
+    Fault("model/virtual_tokens.py", "begins = cache is None or cache.get_seq_length() == 0", "begins = True",
+          "virtual tokens are put before each token that is generated"),
+    Fault("model/virtual_tokens.py", "encode(initial, on_grid)}", "encode(initial)}",
+          "an encoder's first embeddings depend on the machine that sums"),
+    Fault("lora/virtual_tokens.py", "for layer in range(num_layers(own)) for side in SIDES]", "for side in SIDES for layer in range(num_layers(own))]",
+          "a prefix is stored with all keys before all values", ("store/test_peft_prompt.py",)),
+    Fault("config/adapter_kinds.py", 'if key == "gradient_checkpointing" and recipe.adapter.kind != "prefix":', 'if key == "gradient_checkpointing":',
+          "a prefix is trained with layers that are computed again"),
     # Methods: what is summed, with which weight, in which order.
     Fault("messages.py", "cohort = sorted(updates, key=lambda update: update.client)", "cohort = list(updates)",
           "a cohort is weighed in the order of arrival", ("methods/test_method.py",)),
