@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 
 from fedtune.config.binding import bind_name
 from fedtune.config.presets import expand_data_preset
@@ -37,9 +37,9 @@ class Layers:
     """Modules trained in full beside the adapter, as in the run's recipe."""
     kind: Literal["lora", "prefix", "p-tuning", "prompt"] = "lora"
     """Kind of adapter, as in the run's recipe; likewise the keys below."""
-    tokens: Annotated[int, Ge(1)] = AdapterSettings.tokens
+    tokens: Annotated[int, Interval(ge=1, le=65_536)] = AdapterSettings.tokens
     """Virtual tokens of the kinds prefix, p-tuning and prompt."""
-    hidden: Annotated[int, Ge(1)] | None = None
+    hidden: Annotated[int, Interval(ge=1, le=65_536)] | None = None
     """Width of P-tuning's encoder between its layers; none: that of the base's embeddings."""
     send: Literal["embeddings", "encoder"] = "embeddings"
     """What of P-tuning trains and travels."""

@@ -34,9 +34,9 @@ from fedtune.model.load_checks import (
     check_complete,
     check_finite,
     embedding_rows,
+    longest_input,
     packs,
     padding_token,
-    table_positions,
 )
 from fedtune.model.pooling import Kind, choose_pooling, set_pooling, with_pooling
 from fedtune.model.quantised_layers import (
@@ -104,12 +104,8 @@ class Base:
     @property
     def positions(self) -> int:
         """The longest input in tokens: the smaller limit of model and tokenizer; 2^31 if neither names one."""
-        # transformers gives a tokenizer without a limit one of 1e30, which no range or tensor can have.
-        named = table_positions(self.model) or getattr(self.model.config, "max_position_embeddings", None) or 0
-        # Some models without a limit, such as XLNet, name one of -1.
-        limit = min(named if named > 0 else 2**31, int(getattr(self.tokenizer, "model_max_length", None) or 2**31))
         # Virtual tokens take places of their own before a text.
-        return limit - (self.virtual.count if self.virtual else 0)
+        return longest_input(self.model, self.tokenizer) - (self.virtual.count if self.virtual else 0)
 
     @property
     def transposed(self) -> bool:

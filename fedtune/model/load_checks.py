@@ -88,6 +88,14 @@ def table_positions(model: Any) -> int | None:
     return None
 
 
+def longest_input(model: Any, tokenizer: Any) -> int:
+    """Return the smaller limit of a model and its tokenizer in tokens; 2^31 if neither names one."""
+    # transformers gives a tokenizer without a limit one of 1e30, which no range or tensor can have.
+    named = table_positions(model) or getattr(model.config, "max_position_embeddings", None) or 0
+    # Some models without a limit, such as XLNet, name one of -1.
+    return min(named if named > 0 else 2**31, int(getattr(tokenizer, "model_max_length", None) or 2**31))
+
+
 @torch.no_grad()
 def packs(model: Any, positions: int) -> bool:
     """Return whether two texts in one row, whose positions start anew, are read as each is alone.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Interval
 
 from fedtune.data.settings import OMIT_DEFAULT
 
@@ -96,9 +96,9 @@ class AdapterSettings:
     """Kind of adapter. lora: two factors beside each target. The others put virtual tokens before every text of a
     causal model, and train these alone. prefix: keys and values in every layer; prompt: embeddings; p-tuning:
     embeddings that an encoder of three layers gives."""
-    tokens: Annotated[int, Ge(1)] = field(default=20, metadata=OMIT_DEFAULT)
+    tokens: Annotated[int, Interval(ge=1, le=65_536)] = field(default=20, metadata=OMIT_DEFAULT)
     """Virtual tokens of the kinds prefix, p-tuning and prompt."""
-    hidden: Annotated[int, Ge(1)] | None = field(default=None, metadata=OMIT_DEFAULT)
+    hidden: Annotated[int, Interval(ge=1, le=65_536)] | None = field(default=None, metadata=OMIT_DEFAULT)
     """Width of P-tuning's encoder between its layers; none: that of the base's embeddings."""
     send: Literal["embeddings", "encoder"] = field(default="embeddings", metadata=OMIT_DEFAULT)
     """What of P-tuning trains and travels. embeddings: the encoder, drawn from the seed, only gives the first

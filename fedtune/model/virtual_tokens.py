@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.lora.virtual_tokens import ENCODER_LAYERS, MODULE, SIDES, encode, full_names, has_encoder, own_names
+from fedtune.model.load_checks import longest_input
 from fedtune.model.settings import AdapterSettings
 from fedtune.seeds import derive, generator
 from fedtune.tensors import Array, Tensors
@@ -25,6 +26,8 @@ CACHE_NAMES = ("cache", "past_key_values")
 """Of a body's argument for the keys and values of what was read before, the newest name first."""
 PREFIX_SPREAD = 0.1
 """Standard deviation of the first keys and values of a prefix."""
+LEAST_TEXT = 2
+"""Places that are left for a text: a token, and the one that it predicts."""
 AHEAD, BEHIND = 3, 5
 """Length of the text by which a base is tried: the part that is given as virtual tokens, and the rest."""
 GRID = 2.0**-20
@@ -55,6 +58,7 @@ def draw_virtual_tokens(settings: AdapterSettings, model: Any, tokenizer: Any, *
     """
     if settings.kind == "lora":
         return None
+    check_room(settings, longest_input(model, tokenizer))
     check_reads(settings, model)
     key, count = derive(seed, "adapter.virtual_tokens"), settings.tokens
     if settings.kind == "prefix":
@@ -246,6 +250,13 @@ def fill_cache(model: Any, values: Mapping[str, torch.Tensor], rows: int, cache:
         )
         cache.update(key, value, layer)
     return cache
+
+
+def check_room(settings: AdapterSettings, positions: int) -> None:
+    """Refuse virtual tokens that leave no place for a text; before any is drawn, for they may be many."""
+    if settings.tokens + LEAST_TEXT > positions:
+        expected = f"at most {positions - LEAST_TEXT}, of the base's {positions} places all but {LEAST_TEXT}"
+        raise ConfigError(Fault("adapter.tokens", expected, str(settings.tokens), "lower it: 20 are usual"))
 
 
 def check_reads(settings: AdapterSettings, model: Any) -> None:

@@ -298,6 +298,16 @@ def test_an_encoder_is_scored_by_what_is_exported(checkpoints: dict[str, Path]) 
             torch.testing.assert_close(base.model(input_ids=ids).logits, scored, rtol=0, atol=0)
 
 
+def test_tokens_that_leave_no_place_for_a_text_are_refused_before_they_are_drawn(
+    checkpoints: dict[str, Path], kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_kind(checkpoints["gpt2"], **kind, tokens=126).positions == 2
+    monkeypatch.setattr(virtual_tokens, "generator", lambda key: pytest.fail("drawn"))
+    for sizes in (False, True):
+        with pytest.raises(ConfigError, match=r"adapter\.tokens: expected at most 126, of the base's 128 places"):
+            load_kind(checkpoints["gpt2"], **kind, tokens=127, sizes=sizes)
+
+
 def test_they_are_no_rows_of_tokens_and_no_matrices_of_the_base(base: Base) -> None:
     assert token_layers(base) == []
     assert base.matrices == set()
