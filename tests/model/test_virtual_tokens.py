@@ -312,3 +312,9 @@ def test_they_are_no_rows_of_tokens_and_no_matrices_of_the_base(base: Base) -> N
     assert token_layers(base) == []
     assert base.matrices == set()
     assert base.manifest.entries == load_kind(Path(base.path), kind="lora", targets=["all-linear"]).manifest.entries
+
+
+def test_what_an_encoder_first_gives_lies_on_the_grid_whose_sums_are_exact(checkpoints: dict[str, Path]) -> None:
+    base = load_kind(checkpoints["llama"], kind="p-tuning")
+    steps = base.saved_tensors()["virtual_tokens.embedding"].astype(np.float64) / virtual_tokens.GRID
+    np.testing.assert_array_equal(steps, np.round(steps))
