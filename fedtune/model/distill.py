@@ -127,7 +127,17 @@ def distill(
 
 def check_settings(base: Base, rows: Sequence[Example], settings: DistillSettings) -> None:
     """Raise ConfigError where nothing can be distilled."""
-    faults = []
+    faults = [
+        Fault(name, f"a number {'from' if closed else 'above'} {least}", f"{value:g}")
+        for name, value, least, closed in (
+            ("steps", settings.steps, 1, True),
+            ("batch", settings.batch, 1, True),
+            ("learning_rate", settings.learning_rate, 0, False),
+            ("lm_weight", settings.lm_weight, 0, True),
+            ("kd_weight", settings.kd_weight, 0, True),
+        )
+        if not (math.isfinite(value) and (value >= least if closed else value > least))
+    ]
     if not rows:
         faults.append(Fault("distill", "text of at least two tokens", "none", "give public text, one row per document"))
     if settings.lm_weight and base.task != "causal":

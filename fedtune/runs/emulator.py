@@ -216,6 +216,8 @@ def check_settings(settings: EmulatorSettings, dtype: str | None, dtypes: Mappin
         )
         if value not in choices
     ]
+    if settings.seed < 0:
+        faults.append(Fault("seed", "a whole number from 0", str(settings.seed)))
     if faults:
         raise ConfigError(faults)
 

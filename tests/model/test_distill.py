@@ -132,7 +132,13 @@ def test_what_cannot_be_distilled_is_refused(base: Base) -> None:
         (base, [], DistillSettings(), "text of at least two tokens"),
         (base, rows(), DistillSettings(lm_weight=0.0, kd_weight=0.0), "both are 0"),
         (replace(base, task="classification"), rows(), DistillSettings(), "give --lm-weight 0"),
-        (base, rows(), DistillSettings(kd_weight=math.inf), "expected finite losses; got inf at step 1"),
+        (base, rows(), DistillSettings(kd_weight=math.inf), "kd_weight: expected a number from 0; got inf"),
+        (base, rows(), DistillSettings(lm_weight=-1.0), "lm_weight: expected a number from 0; got -1"),
+        (base, rows(), DistillSettings(learning_rate=0.0), "learning_rate: expected a number above 0; got 0"),
+        (base, rows(), DistillSettings(learning_rate=math.nan), "learning_rate: expected a number above 0; got nan"),
+        (base, rows(), DistillSettings(steps=0), "steps: expected a number from 1; got 0"),
+        (base, rows(), DistillSettings(batch=0), "batch: expected a number from 1; got 0"),
+        (base, rows(), DistillSettings(kd_weight=1e39), "expected finite losses; got inf at step 1"),
     ]
     for given, text, settings, words in cases:
         with pytest.raises(ConfigError, match=words):

@@ -141,6 +141,7 @@ def test_a_stop_while_it_is_written_leaves_nothing(deep: Path, tmp_path: Path, m
         (EmulatorSettings(kind="bits"), None, "kind: expected one of drop, prune, quantise"),  # type: ignore[arg-type]
         (EmulatorSettings(select="up"), None, "select: expected one of round, floor"),  # type: ignore[arg-type]
         (EmulatorSettings(codes="int4"), None, "codes: expected one of int8, nf4"),  # type: ignore[arg-type]
+        (EmulatorSettings(seed=-1), None, "seed: expected a whole number from 0; got -1"),
         (EmulatorSettings(), "int8", "dtype: expected one of float32, bfloat16, float16"),
     ],
 )
