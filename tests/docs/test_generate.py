@@ -93,7 +93,7 @@ def written(tables: object, path: str = "") -> Iterator[str]:
     assert isinstance(tables, dict)
     for name, value in tables.items():
         where = f"{path}.{name}" if path else name
-        if isinstance(value, dict) and where != "data.fields":
+        if isinstance(value, dict) and where not in ("data.fields", "search.space"):
             yield from written(value, where)
         elif name in ("override", "device"):
             for row in value:
