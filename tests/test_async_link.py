@@ -80,6 +80,7 @@ def replayed(buffers: Sequence[Sequence[str]]) -> list[str]:
         target=peft.Target(base="none", revision=None, task="causal", fan_in_fan_out=False, saved_modules=()),
         fleet=dict.fromkeys(SITES, EXAMPLES),
         machine={},
+        door="link",
     )
     return [result.digest for result in run_rounds_of(setting, Replayed(buffers))]
 

@@ -182,6 +182,31 @@ def test_clients_that_compare_answers_come_to_the_same_bits(engine: Engine, tabl
     assert played(experiments, engine) == expected
 
 
+def overlapping(tables: Tables) -> Tables:
+    """The same recipe in asynchronous rounds, of devices of which one takes two and a half times as long."""
+    slow = {"clients": ["client-1"], "peak_tflops": 0.0013, "memory_gbps": 10.4}
+    alike = {"clients": ["*"], "profile": "phone-mid", "net_sigma": 0.0, "overhead_s": 0.0}
+    rounds = {**tables["rounds"], "count": 4, "min_clients": 1}
+    changes = {"rounds": rounds, "fleet": {"name": "phones", "proxy": "smollm2-135m"}, "device": [alike, slow]}
+    return tables | changes | {"asynchronous": {"buffer": 2}}
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(chosen("processes", 2), id="processes", marks=pytest.mark.slow),
+        pytest.param(in_memory_grid, id="grid"),
+    ],
+)
+def test_clients_of_asynchronous_rounds_come_to_the_same_bits(engine: Engine, tables: Tables) -> None:
+    """On every engine the clock decides who is in which buffer, and not the order in which work is done."""
+    experiments = [prepare(bind(overlapping(tables)))]
+    expected = played(experiments, chosen("inprocess", 1))
+    assert played(experiments, engine) == expected
+    assert all(len(names) == 2 for _, *names in expected[0])
+    assert len({tuple(names) for _, *names in expected[0]}) > 1
+
+
 def arms(tables: Tables, mode: str) -> Tables:
     """The same recipe with clients that train the upper block alone, go back through a part of all, are sent little."""
     override = [

@@ -71,7 +71,7 @@ def courier_of(context: RoundContext, clock_s: float) -> Courier:
     Raises:
         ConfigError: if clients share this machine and no clock says when their updates come.
     """
-    if isinstance(context.transport, LiveTransport):
+    if context.live and isinstance(context.transport, LiveTransport):
         return LiveCourier(context, context.transport, began_s=clock_s)
     if context.clock is None:
         raise no_clock()

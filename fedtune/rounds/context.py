@@ -49,6 +49,8 @@ class RoundContext:
     """Asks clients for their speed before every round; None where the planner reads none."""
     asynchronous: AsyncSettings | None = None
     """Rounds that wait for updates and not for clients; None: every round waits for its own cohort."""
+    live: bool = False
+    """Whether asynchronous rounds take updates as they come over the transport, and not as a simulated clock says."""
     watch: Watch = lambda event: None
     """Called when a round starts and when a client is done."""
 

@@ -213,6 +213,7 @@ def run_rounds_of(
         clock=context.clock,
         prober=context.prober,
         asynchronous=context.recipe.asynchronous,
+        live=context.door != "simulate",
         watch=watch,
     )
     clock_s = records[-1].clock_s if records else 0.0

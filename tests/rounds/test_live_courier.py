@@ -90,7 +90,7 @@ def wire_of(seconds: Mapping[str, float], **scripts: Script) -> Wire:
 
 def live(wire: Wire, asynchronous: AsyncSettings, **options: Any) -> RoundContext:
     context = context_of(wire.seconds, asynchronous, **options)
-    return replace(context, transport=wire, clock=MeasuredClock())
+    return replace(context, transport=wire, clock=MeasuredClock(), live=True)
 
 
 def conduct(context: RoundContext, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[RoundResult]:
