@@ -33,7 +33,8 @@ def block_numbers(model: Any) -> Sequence[int]:
     """Return the numbers of a model's blocks; none where it has no list of them."""
     try:
         return range(len(find_blocks(model)[1]))
-    except ConfigError:
+    # ValueError: transformers refuses to choose among the texts of a model of several; no base may fail by that.
+    except (ConfigError, ValueError, AttributeError):
         return ()
 
 

@@ -35,6 +35,9 @@ def test_a_model_with_no_list_or_two_of_them() -> None:
         with pytest.raises(ConfigError, match="one list of 2 blocks"):
             find_blocks(odd)
         assert list(block_numbers(odd)) == []
+    ambiguous = model()
+    ambiguous.config.get_text_config = lambda: int("two texts")
+    assert list(block_numbers(ambiguous)) == []
 
 
 def test_a_block_that_is_skipped_gives_back_its_input(loaded: Loader) -> None:
