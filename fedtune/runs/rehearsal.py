@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedtune.errors import FedtuneError
-from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, LoraResult, Measured, Training
+from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, LoraResult, Measured, PersonalTrace, Training
 from fedtune.number_formats import to_wire
 from fedtune.pruning.structure import ModelStructure, cuts, from_bitmap, shapes
 from fedtune.rounds.context import RoundContext
@@ -63,6 +63,9 @@ class Rehearsal:
             tensors[f"{name}.b"] = numbers(m, rank)
             if task.train == "ab":
                 tensors[f"{name}.a"] = numbers(rank, n)
+        personal = task.personal
+        if personal is not None:
+            tensors = {name: tensor for name, tensor in tensors.items() if not personal.keeps(name)}
         examples = next(client.num_examples for client in self.fleet if client.name == plan.client)
         trained, beside = self.tokens(plan.client, plan.training, plan.rank)
         return ClientUpdate(
@@ -75,6 +78,7 @@ class Rehearsal:
                 assignment.base,
                 structure_digest=left.digest if left else b"",
                 scores=self.scores(assignment, left, rng),
+                personal=PersonalTrace(bytes(8), bytes(8)) if personal is not None else None,
             ),
             Measured(seconds=1.0, peak_bytes=2**30, tokens=int(trained), side_tokens=int(beside))
             if task.pruning is None

@@ -100,3 +100,14 @@ def test_seeds_of_epochs_are_billed_by_their_steps(tables: dict[str, Any]) -> No
     _, bill = rounds_of(tables)
     assert bill.at_most
     assert all(each.bytes_up >= 50 * each.examples for each in bill.clients)  # a byte for each step
+
+
+def test_what_stays_with_clients_is_in_no_bill(simulated: Simulated, tables: dict[str, Any], tmp_path: Path) -> None:
+    tables |= {"method": {"name": "zeropad", "wire_dtype": "bf16"}, "evaluate": {"batch": 8, "clients": False}}
+    whole, _ = rounds_of(tables)
+    tables["personal"] = {"kind": "share-a"}
+    planned, _ = rounds_of(tables)
+    for mine, real in zip(planned, counted(simulated, tables, tmp_path / "run"), strict=True):
+        # Headers are padded to a multiple of 64 bytes, for each of three clients.
+        assert mine == pytest.approx(real, abs=3 * 64)
+    assert all(mine[1] < 0.75 * other[1] for mine, other in zip(planned, whole, strict=True))
