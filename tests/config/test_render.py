@@ -29,6 +29,7 @@ from fedtune.model.settings import AdapterSettings, EvaluationSettings, ModelSet
 from fedtune.planning.verbs import DESCENDING, DescendSettings
 from fedtune.rounds.asynchronous import AsyncSettings
 from fedtune.rounds.schedule import Schedule
+from fedtune.search.settings import Range, SearchSettings
 from tests.config.conftest import SHORTEST
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -71,6 +72,18 @@ def some(settings: Any, **chosen: Any) -> st.SearchStrategy[Any]:
 
 
 BELOW_1 = st.floats(0, 1, exclude_max=True)
+RANGES = st.tuples(st.floats(1e-9, 1.0), st.floats(1.5, 9.0), st.booleans(), st.none() | st.integers(2, 9))
+SEARCHES = st.none() | st.builds(
+    SearchSettings,
+    kind=st.sampled_from(["random", "tpe"]),
+    reduction=st.integers(2, 9),
+    seed=st.none() | st.integers(0, 2**70),
+    space=st.dictionaries(
+        st.sampled_from(["client.learning_rate", "method", "override.0.rank"]),
+        RANGES.map(lambda numbers: Range(*numbers)) | st.sampled_from([(1, 2), ("a",), (("q", "v"), ("q",), True)]),
+        min_size=1,
+    ),
+)
 OPTIMIZERS = st.one_of(
     st.just(ServerOptimizer()),
     st.builds(ServerOptimizer, name=st.just("fedavgm"), momentum=BELOW_1),
@@ -202,6 +215,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     unquantised = st.sampled_from(["auto", "float32", "bfloat16"]).map(lambda dtype: {"dtype": dtype} | PLAIN)
     codes = st.fixed_dictionaries({"dtype": st.sampled_from(["nf4", "int8"]), "unquantised": st.just("bfloat16")})
     formats = unquantised | codes
+    search = draw(SEARCHES)
     return Recipe(
         name=draw(st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,9}", fullmatch=True)),
         seed=draw(st.integers(0, 2**70)),
@@ -245,7 +259,11 @@ def recipes(draw: st.DrawFn) -> Recipe:
         descend=draw(some(DescendSettings, steps=3)) if verb in DESCENDING else None,
         rounds=replace(rounds, warmup=draw(st.integers(0, rounds.count - 1)), **steady),
         data=data_of(draw(some(DataSettings, fields=parts, template=template, split=draw(SPLITS))), packing | answers),
-        evaluate=draw(some(EvaluationSettings, references=(), every=draw(every), **causal)),
+        evaluate=replace(
+            draw(some(EvaluationSettings, references=(), every=draw(every), **causal)),
+            **({"clients": True} if search else {}),
+        ),
+        search=search,
         asynchronous=draw(st.none() | OVERLAPPING) if not METHODS[method.name].why_not_asynchronous else None,
         override=draw(st.lists(row, max_size=2).map(tuple)),
         report=draw(some(ReportSettings)),

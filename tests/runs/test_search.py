@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,31 @@ def test_a_trial_that_diverges_is_failed_and_never_best(tables: Tables, tmp_path
 
 
 @pytest.mark.slow
-def test_other_engines_and_kinds_give_the_same_trials(tables: Tables, tmp_path: Path) -> None:
+@pytest.mark.skipif(find_spec("optuna") is None, reason="needs the extra search (optuna)")
+def test_a_search_by_tpe_is_resumed_to_the_same_draws(
+    tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = searched(tables, "tpe", rounds=1, trials=12)
+    whole = run(recipe, tmp_path / "whole")
+    perform = search_trial.run_step
+
+    def tired(course: Any, recipe: Any, step: Any, *others: Any) -> Any:
+        if step.trial == 11:
+            raise KeyboardInterrupt
+        return perform(course, recipe, step, *others)
+
+    monkeypatch.setattr(search_trial, "run_step", tired)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "cut")
+    monkeypatch.undo()
+    again = search(recipe_of_search(tmp_path / "cut"), out=tmp_path / "cut", resume=True, watch=silent)
+    assert lasting(again.content) == lasting(whole.content)
+    rates = [row["values"]["client.learning_rate"] for row in whole.content["trials"]]
+    assert len(set(rates)) == 12
+
+
+@pytest.mark.slow
+def test_other_engines_give_the_same_trials(tables: Tables, tmp_path: Path) -> None:
     recipe = searched(tables, "random", rounds=2, trials=2)
     here = run(recipe, tmp_path / "here")
     there = run({**recipe, "engine": {"name": "processes", "workers": 2}}, tmp_path / "there")
