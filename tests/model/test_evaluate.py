@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +11,9 @@ import pytest
 import torch
 
 from fedtune.model.batches import collate
-from fedtune.model.evaluate import evaluate
+from fedtune.model.evaluate import evaluate, rouge_l
 from fedtune.model.samples import Prompt, answers
+from fedtune.seeds import derive, generator
 
 
 def test_the_scores_of_a_causal_model_agree_with_each_other(loaded: Any, examples: Any) -> None:
@@ -72,3 +75,26 @@ def test_an_empty_prompt_is_continued_from_the_first_token_of_a_text(loaded: Any
     assert empty == first
     rows = [replace(row, prompt="", prompt_tokens=0) for row in examples(2)]
     assert evaluate(base, {}, {}, {"test": rows}, batch=2, generate=2, new_tokens=3)["test"]["generated"] == 2
+
+
+def lcs(first: Sequence[str], second: Sequence[str]) -> int:
+    """Return the length of the longest common subsequence, by the textbook's table."""
+    lengths = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
+    for i, a in enumerate(first):
+        for j, b in enumerate(second):
+            lengths[i + 1][j + 1] = lengths[i][j] + 1 if a == b else max(lengths[i][j + 1], lengths[i + 1][j])
+    return lengths[-1][-1]
+
+
+def test_rouge_l_is_lins_f1_of_fifty_fixed_pairs() -> None:
+    draws, words = generator(derive(0, "test.rouge")), ("the", "dog", "runs", "fast", "and", "sleeps", "it's")
+    for _ in range(50):
+        reference, answer = (" ".join(draws.choice(words, draws.integers(1, 12))) for _ in range(2))
+        # Words of letters and digits, as rouge-score 0.1.2 divides them: "it's" is two.
+        wanted, given = (re.findall("[a-z0-9]+", text) for text in (reference, answer))
+        common = lcs(wanted, given)
+        f1 = 2 * common / (len(wanted) + len(given))
+        assert rouge_l(reference, answer) == pytest.approx(f1)
+    assert rouge_l("The DOG runs.", "the dog runs") == 1
+    assert rouge_l("the dogs", "the dog") == 0.5  # not stemmed
+    assert rouge_l("the dog", "") == 0
