@@ -343,3 +343,16 @@ def test_nothing_is_known_without_a_journal() -> None:
     assert NullJournal().open_orders(3) == OpenOrders()
     assert NullJournal().version(3) == b""
     assert Ask(1, 0.0, (Client("ann", 1),)).digests == {}
+
+
+def test_a_stale_update_is_aggregated_with_the_state_that_its_client_started_from() -> None:
+    """Flora's products, and modules_to_save, are those of that state and not of the current one."""
+    method, seen = METHODS["flora"], list[dict[str, int | None]]()
+
+    def aggregate(state: Any, updates: Sequence[AdmittedUpdate]) -> Any:
+        seen.append({update.client: update.origin and update.origin.round for update in updates})
+        return method.aggregate(state, updates)
+
+    context = context_of(THREE, AsyncSettings(buffer=2), method="flora", count=6)
+    list(buffer.run(replace(context, method=replace(method, aggregate=aggregate))))
+    assert seen == [{"ann": None, "bob": None}] * 5 + [{"ann": None, "cyd": 0}]
