@@ -65,6 +65,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "base": "which base model it holds: its digest",
         "metrics": "means over the held-out examples: loss, and how many there are",
         "seconds": "how long it took",
+        "personal": "",
     },
     "Header": {
         "protocol": "version of the messages",

@@ -23,6 +23,7 @@ from fedtune.config.consent import (
     score_differences,
 )
 from fedtune.config.order_rules import FREE
+from fedtune.config.personal_requests import personal_request
 from fedtune.config.recipe import planned_training, possible_verbs, requested_ratio, verb_request
 from fedtune.directions.seed_ledger import describe_base
 from fedtune.messages import (
@@ -30,6 +31,8 @@ from fedtune.messages import (
     Blueprint,
     Client,
     DescendSeeds,
+    Personal,
+    PersonalRequest,
     Plan,
     PlannedClient,
     Preference,
@@ -42,6 +45,7 @@ from fedtune.messages import (
     TrainLora,
 )
 from fedtune.methods import METHODS
+from fedtune.methods.personal import with_personal
 from fedtune.planning.arms import AdaptiveSettings, Setting, arms_of
 from fedtune.planning.planner import PlannerInputs
 from fedtune.pruning.ranking import PruningSettings
@@ -245,6 +249,19 @@ rounds = { count = 5 }
 evaluate = { batch = 8, client_examples = 16 }
 data = { source = "at the sites", split = { kind = "files" } }
 """
+OWN = """
+name = "x"
+seed = 7
+model = { base = "none" }
+adapter = { rank = 4, targets = ["q_proj", "up_proj"] }
+method = "fedit"
+client = { steps = 6, batch = 4, learning_rate = 0.01 }
+rounds = { count = 5 }
+evaluate = { batch = 8, client_examples = 16 }
+personal = { kind = "ditto", strength = 0.2 }
+data = { source = "at the sites", split = { kind = "files" } }
+"""
+FINETUNED = OWN.replace('"ditto", strength = 0.2', '"finetune", steps = 3')
 SEEDS = """
 name = "x"
 seed = 7
@@ -274,7 +291,7 @@ def recipe_of(text: str) -> Recipe:
 def made(text: str, *, ratio: float = 0.0, rank: int = 4) -> Assignment:
     """Return a server's first order, as it comes out of the codec; pruned where a ratio is given."""
     recipe = recipe_of(text)
-    method = METHODS[recipe.method.name]
+    method = with_personal(METHODS[recipe.method.name], recipe.personal)
     ranking = {"heads": np.arange(4, dtype=np.float32), "channels": np.arange(32, dtype=np.float32)} if ratio else {}
     blueprint = Blueprint(
         MODULES, SAVED, 4, recipe.seed, LISTED.encode(), LAYOUT, recipe.pruning, ranking if recipe.pruning else {}
@@ -290,6 +307,12 @@ def made(text: str, *, ratio: float = 0.0, rank: int = 4) -> Assignment:
     state = method.init(blueprint, recipe.method)
     order = replace(method.assign(state, recipe.seed, planned), base=PROFILE.foundation.base)
     return decode_outline(encode_assignment(order).header)
+
+
+def own_scores(text: str) -> ScoreRequest:
+    """Return a server's request for the scores of a client's own model beside the global one, after two rounds."""
+    own = personal_request(recipe_of(text), "site-a", PROFILE.num_examples, 2)
+    return ScoreRequest("site-a", "fedit", 2, PROFILE.foundation.base, 8, 16, personal=own)
 
 
 def keys(text: str, order: Assignment | ScoreRequest) -> set[str]:
@@ -344,9 +367,15 @@ ORDERS: Mapping[str, tuple[str, Callable[[], Assignment | ScoreRequest]]] = {
     "pruned": (ADAPTERS, lambda: made(ADAPTERS, ratio=0.5, rank=2)),
     "seeds": (SEEDS, lambda: made(SEEDS)),
     "descend": (DESCEND, lambda: made(DESCEND)),
+    "own": (OWN, lambda: made(OWN)),
+    "own scores": (OWN, lambda: own_scores(OWN)),
+    "own scores after training": (FINETUNED, lambda: own_scores(FINETUNED)),
     "scores": (ADAPTERS, lambda: ScoreRequest("site-a", "flora", 2, PROFILE.foundation.base, 8, 16, {"saved": SAVED})),
 }
-MESSAGES = (Assignment, Plan, Training, TrainLora, Pruning, PruningSettings, ProbeSeeds, DescendSeeds, ScoreRequest)
+MESSAGES = (
+    *(Assignment, Plan, Training, TrainLora, Pruning, PruningSettings, ProbeSeeds, DescendSeeds, ScoreRequest),
+    *(Personal, PersonalRequest),
+)
 """The classes whose fields an order has; a `SeedState` is one value, whose digest the client checks."""
 
 
@@ -368,7 +397,9 @@ def test_every_field_of_an_order_is_held_against_the_recipe() -> None:
             if is_dataclass(value):
                 continue
             for new in others(cls, name, value):
-                found = {key for key in keys(text, put(order, path, new)) if key == path or key.startswith(f"{path}.")}
+                named = keys(text, put(order, path, new))
+                # Some are held to the recipe as a whole, and named by it.
+                found = {key for key in named if f"{key}.".startswith(f"{path}.") or path.startswith(f"{key}.")}
                 # Another round has other keys: the seed of the round that it was is the difference.
                 if not found and not (path == "round" and keys(text, put(order, path, new))):
                     passed.add(f"{cls.__name__}.{name}")

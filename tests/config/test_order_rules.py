@@ -11,7 +11,7 @@ import numpy as np
 
 from fedtune.config.consent import permission, permission_texts
 from fedtune.config.order_rules import FREE, Comparison
-from fedtune.messages import BaseDtype, ImportanceName, SeedState, View
+from fedtune.messages import BaseDtype, ImportanceName, SeedState, Training, View
 from fedtune.number_formats import to_wire
 from fedtune.planning.planner import PlanChoices
 from fedtune.pruning.structure import Block, BlockLayout
@@ -97,6 +97,11 @@ OUT_OF_BOUNDS: Mapping[str, Sequence[tuple[str, str, Any]]] = {
     ],
     "ScoreRequest.ledger": [("scores", "ledger", b"x")],
     "ScoreRequest.trainable": [("scores", "trainable", (1,))],
+    "PersonalRequest.training": [
+        ("own scores", "personal.training", Training(steps=3, epochs=None)),
+        ("own scores after training", "personal.training", None),
+        ("own scores after training", "personal.training", Training(steps=4, epochs=None)),
+    ],
     "ScoreRequest.labels": [("scores", "labels", ("a", "a"))],
     "ScoreRequest.date": [("scores", "date", "2026-11-29")],
 }

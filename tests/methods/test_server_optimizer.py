@@ -184,6 +184,7 @@ def test_every_operation_reads_the_inner_state() -> None:
         "task",
         "why_not_linear",
         "why_not_pruned",
+        "why_not_asynchronous",
         "downlink_rank",
         "decomposed",
         "wire_dtype",

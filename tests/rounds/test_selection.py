@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedtune.rounds.record import RoundRecord
 from fedtune.rounds.schedule import Metric, Schedule
-from fedtune.rounds.scores import HIGHER_IS_BETTER, LOWER_IS_BETTER, pooled_scores
+from fedtune.rounds.scores import HIGHER_IS_BETTER, LOWER_IS_BETTER, SIGNED, pooled_scores
 from fedtune.rounds.selection import best_record, ends_early, kept_record, score_of
 
 
@@ -21,7 +21,7 @@ def rounds(*losses: float | None, metric: str = "loss") -> list[RoundRecord]:
 
 
 def test_every_metric_of_a_recipe_has_a_direction() -> None:
-    assert set(get_args(Metric)) == LOWER_IS_BETTER | HIGHER_IS_BETTER
+    assert set(get_args(Metric)) == LOWER_IS_BETTER | HIGHER_IS_BETTER | SIGNED
 
 
 def test_the_best_round_is_the_first_that_no_other_beats_and_never_the_base() -> None:

@@ -18,7 +18,7 @@ def test_versions_name_python_and_the_packages_that_compute() -> None:
 def test_a_run_notes_what_its_result_follows_from(prepared: Experiment) -> None:
     context = run_context(prepared)
     inputs = context.inputs
-    assert inputs.keys() == {"recipe", "recipe_digest", "base", "data", "door", "versions", "platform"}
+    assert inputs.keys() == {"recipe", "recipe_digest", "base", "data", "partition", "door", "versions", "platform"}
     assert inputs["base"] == prepared.base.digest
     assert (inputs["data"], inputs["door"]) == (context.data, "simulate")
     assert "steps = 3" in inputs["recipe"]
