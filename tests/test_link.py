@@ -18,6 +18,7 @@ from fedtune.link.provenance import load_roster, verify_folder
 from fedtune.rounds.loop import RoundResult
 from fedtune.rounds.scores import pooled_scores
 from fedtune.store.history import replay_journal
+from fedtune.store.round_records import read_rounds
 from fedtune.store.training_record import check_journal
 from tests.cli.test_flower_server import toml
 from tests.link.federation import Federation, federation
@@ -46,6 +47,20 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "p-tuning": {
         "adapter": {"kind": "p-tuning", "tokens": 6, "send": "encoder", "hidden": 16},
         "method": {"name": "fedit"},
+        "client": {"steps": 2, "batch": 2, "learning_rate": 5e-3},
+    },
+    # A second model stays at every site.
+    "ditto": {
+        "adapter": {"rank": 4, "alpha": "2r", "targets": ["q_proj", "up_proj"]},
+        "method": {"name": "fedit"},
+        "personal": {"kind": "ditto", "strength": 0.5, "steps": 3},
+        "client": {"steps": 2, "batch": 2, "learning_rate": 5e-3},
+    },
+    # B stays at every site, and comes in no message.
+    "share-a": {
+        "adapter": {"rank": 4, "alpha": "2r", "targets": ["q_proj", "up_proj"]},
+        "method": {"name": "fedit"},
+        "personal": {"kind": "share-a"},
         "client": {"steps": 2, "batch": 2, "learning_rate": 5e-3},
     },
     # Some clients descend and one probes; the first round measures.
@@ -97,6 +112,16 @@ def ranks(method: str, names: Sequence[str] = CLIENTS) -> str:
     )
 
 
+def own_states(run: Path) -> list[Any]:
+    """Return the digests of personal states by round and client, of those that have any."""
+    return [
+        (line.round, name, client.personal)
+        for line in read_rounds(run)
+        for name, client in sorted(line.clients.items())
+        if client.personal
+    ]
+
+
 @pytest.mark.parametrize(
     ("method", "sites"),
     [("flora", 2), *(pytest.param(method, 4, marks=pytest.mark.slow) for method in sorted(METHODS))],
@@ -122,6 +147,10 @@ def test_sites_over_grpc_come_to_the_state_of_the_simulated_run(
             assert sorted(scores) == sorted(names)
             assert scores == simulated.summary[when]["held_out"]
             assert summary[when]["test"] == pooled_scores(scores)
+        # Of what stays at the sites the scores, and the digests of what was stored, are those of the simulation.
+        assert summary.get("personal") == simulated.summary.get("personal")
+        assert own_states(fed.run) == own_states(tmp_path / "simulated")
+        assert bool(own_states(fed.run)) == ("personal" in summary) == ("personal" in tables)
         assert [one["updates"] for one in fed.events("server", "committed")] == [sites] * 3
         for name in names:
             events = fed.events(name, "receipt")
@@ -163,6 +192,7 @@ def test_kills_of_server_and_site_change_no_bit_of_a_real_run(
         simulated = fedtune.simulate(bind(text), out=tmp_path / "simulated")
         assert fed.exit_statuses("server", *CLIENTS) == [0] * 5, fed.log("server")
         assert last_state(fed) == simulated.summary["state_digest"]
+        assert own_states(fed.run) == own_states(tmp_path / "simulated")
 
 
 SITE = '[model]\nbase = "none"\n[adapter]\ntargets = ["q"]\n[data]\nsource = "none"\n'

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedtune.config.error_text import display, join_words, quote
 from fedtune.config.recipe import Recipe, method_type_of
-from fedtune.errors import Fault
+from fedtune.errors import ConfigError, Fault
 from fedtune.messages import Personal
 from fedtune.methods import METHODS
 from fedtune.methods.method import LinearMethod, Method
@@ -48,6 +48,17 @@ def personal_faults(recipe: Recipe) -> Iterator[Fault]:
     yield from key_faults(personal)
     yield from kept_faults(recipe, personal)
     yield from step_faults(recipe, personal)
+
+
+def check_scored(recipe: Recipe) -> None:
+    """Refuse models of clients' own that a simulation would never score; a site has its own `data.held_out`.
+
+    Raises:
+        ConfigError: if clients hold no rows out.
+    """
+    if recipe.personal is not None and not recipe.data.held_out:
+        expected = "a share above 0 beside [personal]: a client's own model is scored on the rows that it holds out"
+        raise ConfigError(Fault("data.held_out", expected, "0", "write, say, 0.1, or leave [personal] out"))
 
 
 def averages(method: Method[Any]) -> bool:

@@ -22,6 +22,7 @@ from fedtune.client.site import load_site, simulated_site
 from fedtune.client.worker_process import devices_of, payload
 from fedtune.config import Recipe, render
 from fedtune.config.checks import training_apart
+from fedtune.config.personal_checks import check_scored
 from fedtune.config.personal_requests import personal_request
 from fedtune.config.preference_checks import rows_faults
 from fedtune.config.recipe import largest_rank, method_of, possible_verbs, resources, sized_adapter
@@ -166,6 +167,7 @@ def prepare(
     if recipe.asynchronous is not None and recipe.fleet is None:
         # Before anything is loaded; over a network updates come when they come.
         raise buffer.no_clock()
+    check_scored(recipe)
     data = replace(recipe.data, date=recipe.data.date or date.today().isoformat())
     if loaded is not None:
         federation, base = loaded.federation, loaded.base

@@ -135,3 +135,11 @@ def test_norms_must_be_trained_to_stay(tables: Tables) -> None:
     recipe["adapter"] = tables["adapter"]
     with pytest.raises(ConfigError, match=r"name the norms in adapter\.modules_to_save"):
         prepare(bind(recipe))
+
+
+@pytest.mark.parametrize("personal", [{"kind": "finetune"}, {"kind": "ditto"}])
+def test_own_models_that_nothing_would_score_are_refused_before_training(personal: Any, tables: Tables) -> None:
+    recipe = with_personal(tables, **personal)
+    recipe["data"] = {**recipe["data"], "held_out": 0.0}
+    with pytest.raises(ConfigError, match=r"data\.held_out: expected a share above 0 beside \[personal\]"):
+        prepare(bind(recipe))
