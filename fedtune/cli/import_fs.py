@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -57,9 +58,21 @@ def import_fs(
             keys = [asdict(entry) for entry in converted.entries]
             typer.echo(json.dumps({"recipe": text, "keys": keys, "defaults": list(converted.defaults)}, default=str))
             return
-        for entry in converted.entries:
-            typer.echo(printable(entry_line(entry)), err=True)
+        for line in report_lines(converted.entries):
+            typer.echo(printable(line), err=True)
         typer.echo(str(out) if out is not None else text, nl=out is not None)
+
+
+def report_lines(entries: Sequence[Entry]) -> Iterator[str]:
+    """Yield how many keys have made a line of the recipe, and one line for each of the others.
+
+    How each of the former was read is in the recipe's comments.
+    """
+    read = sum(bool(entry.ours) for entry in entries)
+    unknown = sum(not entry.known for entry in entries)
+    yield f"{len(entries)} keys: {read} read, {len(entries) - read - unknown} without a counterpart, {unknown} unknown"
+    # Unknown ones last, where they are seen.
+    yield from (entry_line(entry) for entry in sorted(entries, key=lambda entry: not entry.known) if not entry.ours)
 
 
 def entry_line(entry: Entry) -> str:

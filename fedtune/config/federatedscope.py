@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from fedtune.config.error_text import nearest
 from fedtune.config.fs_given import Given, Remark, Setting, Values, wrong
 from fedtune.config.fs_keys import ARGUMENTS, GROUPS, KEYS, SWITCHES
+from fedtune.config.fs_names import FREE, OTHERS, is_known
 from fedtune.config.fs_options import asynchronous_part, method_part, personal_part, search_part
 from fedtune.config.fs_parts import client_part, data_part, model_part, rounds_part, run_part
 from fedtune.config.render import entries, toml
@@ -74,6 +75,8 @@ def convert(
 
 def entry_of(key: str, value: Any, values: Values, settings: Sequence[Setting], remarks: Sequence[Remark]) -> Entry:
     """Return what became of one key."""
+    if key not in KEYS and not is_known(key):
+        return Entry(key, value, (), "; ".join(["no key of FederatedScope-LLM", *near_names(key)]), known=False)
     own = [remark.text for remark in remarks if remark.key == key]
     if lines := [line(setting) for setting in settings if key in setting.of]:
         note = KEYS[key].note if key in KEYS else ""
@@ -84,13 +87,23 @@ def entry_of(key: str, value: Any, values: Values, settings: Sequence[Setting], 
     if key in KEYS:
         usual = "nothing to write: this is what a recipe does without a key" if KEYS[key].ours else KEYS[key].note
         return Entry(key, value, (), "; ".join(own or [usual]))
-    for start, why in GROUPS.items():
-        if key.startswith(start):
-            return Entry(key, value, (), "; ".join([*own, why]))
-    near = nearest(key, KEYS)
-    return Entry(
-        key, value, (), f"no key of FederatedScope-LLM{f'; did you mean {near}?' if near else ''}", known=False
-    )
+    why = next(why for start, why in GROUPS.items() if key.startswith(start))
+    # A table that may hold any name: one that is almost that of a key may be a slip all the same.
+    return Entry(key, value, (), "; ".join([*own, why, *near_names(key)]))
+
+
+def near_names(key: str) -> Sequence[str]:
+    """Return what an unknown key may have been meant as, in none or one phrase.
+
+    >>> near_names("train.optimizer.lrr"), near_names("train.optimizer.nesterov")
+    (['did you mean train.optimizer.lr?'], [])
+    """
+    if key in OTHERS:
+        return []
+    table = next((table for table in FREE if key.startswith(table)), "")
+    names = [name.removeprefix(table) for name in (*KEYS, *OTHERS) if name.startswith(table)]
+    near = nearest(key.removeprefix(table), names)
+    return [f"did you mean {table}{near}?"] if near else []
 
 
 def recipe_text(converted: Converted, source: str) -> str:

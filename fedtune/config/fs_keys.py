@@ -322,8 +322,12 @@ GROUPS: Mapping[str, str] = {
     "data.num_steps": "graphs are left out",
     "data.sizes": "graphs are left out",
     "dataloader.": "graphs and ratings are left out",
+    "data.": "of its tasks that are no language models'",
+    "check_completeness": "every recipe is checked before anything is trained",
+    "llm.": "programs around the model have no key here",
 }
-"""Keys without a counterpart by how they begin; the table above comes first."""
+"""Why keys that are named in `fs_names` have no counterpart, by how they begin: the first that fits. The table above
+comes before it."""
 
 SWITCHES = (
     "llm.adapter.",

@@ -370,6 +370,26 @@ def test_keys_that_are_switched_off_unknown_or_of_a_group() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("trainer.foo", "trainer.type"),
+        ("trainer.sam.rhoo", "trainer.sam.rho"),
+        ("vertical.usee", "vertical.use"),
+        ("hpo.shaa.budgets", "hpo.sha.budgets"),
+        ("hpo.fedex.schedd", "hpo.fedex.sched"),  # below a table that is switched off
+        ("model.tpye", "model.type"),
+        ("data.splittr", "data.splitter"),
+        ("wandb.nam_user", "wandb.name_user"),
+        ("llm.adaptr.use", "llm.adapter.use"),
+    ],
+)
+def test_a_slip_is_unknown_in_every_table_and_names_the_nearest_key(key: str, near: str) -> None:
+    [entry] = [entry for entry in convert({**SMALL, key: 3}).entries if entry.key == key]
+    assert (entry.known, entry.ours) == (False, ())
+    assert entry.note == f"no key of FederatedScope-LLM; did you mean {near}?"
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model.type": "lr"}, r"^model\.type: expected a language model, such as NAME@huggingface_llm; got .*lr"),
