@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fedtune.config.error_text import quote
-from fedtune.config.recipe import PYTHON, Recipe
+from fedtune.config.recipe import PYTHON, Recipe, requested_verbs
 from fedtune.errors import Fault
 
 BLIND = ("fixed", "random", PYTHON)
@@ -23,3 +23,7 @@ def match_faults(recipe: Recipe) -> Iterator[Fault]:
     if recipe.planner.name not in BLIND:
         expected = "'fixed' or 'random' with data.split.match: all others learn from losses, here on the test data"
         yield Fault("planner.name", expected, quote(recipe.planner.name), hint)
+    if requested_verbs(recipe) & {"probe", "descend", "auto"}:
+        # Its guard sets rounds back and halves the rate by the losses of clients' held-out rows.
+        expected = "a method of adapters with data.split.match: this one's guard learns from losses, here on the test"
+        yield Fault("method.name", expected, quote(recipe.method.name), hint)

@@ -45,7 +45,24 @@ def read_source(settings: DataSettings, root: Path, *, task: Task) -> Source:
 
     Raises: ConfigError if a file is missing or malformed, a column is absent, or a cell is empty that must not be.
     """
-    return _read(settings, root, settings.source, task=task, key="data.source", grouped=True)
+    read = _read(settings, root, settings.source, task=task, key="data.source", grouped=True)
+    _check_hub_keys(settings, root)
+    return read
+
+
+def _check_hub_keys(settings: DataSettings, root: Path) -> None:
+    """Refuse keys of hub data sets where neither the training nor the test rows come from a hub."""
+    given = {"data.subset": settings.subset, "data.revision": settings.revision}
+    wrong = {key: value for key, value in given.items() if value is not None}
+    sources = {"data.source": settings.source, "data.test": settings.test or []} if wrong else {}
+    named = [
+        place
+        for key, source in sources.items()
+        for place in places([source] if isinstance(source, str) else source, settings.format, root, key)[0]
+    ]
+    if wrong and not any(place.form == "hub" for place in named):
+        expected, hint = f"none for local files, such as {named[0].name}", "leave it out: only hub data sets have it"
+        raise ConfigError([Fault(key, expected, repr(value), hint) for key, value in wrong.items()])
 
 
 def read_test(settings: DataSettings, root: Path, *, task: Task) -> Source | None:

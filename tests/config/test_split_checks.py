@@ -36,6 +36,16 @@ def test_a_search_does_not_choose_by_the_test(matched: dict[str, Any]) -> None:
     bind({**matched, "search": search})
 
 
+def test_a_guard_that_reads_clients_losses_does_not_read_the_test(matched: dict[str, Any]) -> None:
+    kseed = {**matched, "method": {"name": "fedkseed"}, "adapter": {}}
+    with pytest.raises(
+        ConfigError, match=r"method\.name: expected a method of adapters with data\.split\.match: .*guard"
+    ):
+        bind(kseed)
+    del matched["data"]["split"]["match"]
+    bind(kseed)
+
+
 def test_without_match_there_is_nothing_to_refuse(matched: dict[str, Any]) -> None:
     recipe = bind(matched)
     assert list(match_faults(recipe)) == []

@@ -167,6 +167,18 @@ def test_a_missing_file_is_told_apart_from_a_hub_name(tmp_path: Path) -> None:
         assert text.endswith("give a local path, or download it once and set HF_HOME")
 
 
+def test_keys_of_a_hub_are_refused_for_local_files(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    message = refusal(tmp_path, revision="v1", subset="main")
+    assert "data.revision: expected none for local files, such as " in message
+    assert "data.subset: expected none for local files" in message
+    assert "only hub data sets have it" in message
+    with pytest.raises(ConfigError, match=r"data\.revision: expected none for local files"):
+        read(tmp_path, "x.jsonl", revision="v1", test="x.jsonl")
+    # Its test may be the one that the hub has.
+    assert len(read(tmp_path, "x.jsonl", revision="v1", test="some/name:test", split=Split("iid", clients=1))) == 1
+
+
 def test_reading_local_files_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     table = pa.table({"text": ["a"]})
