@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -103,13 +103,18 @@ PRESETS: Mapping[PresetName, Preset] = {
 }
 
 
-def columns_of(preset: PresetName, names: Sequence[str], where: str) -> Mapping[Part, str]:
-    """Return the columns that a preset's parts have in a file; `input` may be absent.
+def columns_of(
+    preset: PresetName, names: Sequence[str], where: str, *, mapped: Collection[Part] = ()
+) -> Mapping[Part, str]:
+    """Return the columns in a file of the parts of a preset that the recipe does not map; `input` may be absent.
 
     Raises: ConfigError naming the columns that one of the others may have, and those that there are.
     """
     chosen: dict[Part, str] = {}
+    answered = {"chosen", "rejected"} & {*mapped}  # two answers in place of its one
     for part, candidates in PRESETS[preset].columns.items():
+        if part in mapped or (part == "output" and answered):
+            continue
         there = [column for column in candidates if column in names]
         if there:
             chosen[part] = there[0]

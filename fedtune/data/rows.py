@@ -60,7 +60,7 @@ def choose(settings: DataSettings, names: Sequence[str], where: str, task: Task)
     if task == "classification":
         return _for_classes(mapped, names, where)
     if settings.preset is not None:
-        mapped = {**columns_of(settings.preset, names, where), **mapped}
+        mapped = {**columns_of(settings.preset, names, where, mapped=mapped), **mapped}
     return _for_causal(mapped, names, where)
 
 

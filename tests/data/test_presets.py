@@ -50,6 +50,18 @@ def test_a_mapping_of_the_recipe_comes_first(tmp_path: Path) -> None:
     assert read_source(settings, tmp_path, task="causal").rows.column("output") == ["s"]
 
 
+def test_what_a_recipe_maps_is_not_looked_for_under_the_names_of_the_preset(tmp_path: Path) -> None:
+    write(tmp_path / "pairs.jsonl", {"prompt": "q", "good": "a", "bad": "b"})
+    fields: Any = {"instruction": "prompt", "chosen": "good", "rejected": "bad"}
+    settings = DataSettings("pairs.jsonl", ONE, preset="alpaca", template="alpaca", fields=fields)
+    rows = read_source(settings, tmp_path, task="causal").rows
+    assert {name: rows.column(name) for name in rows.names} == {
+        "instruction": ["q"],
+        "output": ["a"],
+        "rejected": ["b"],
+    }
+
+
 def test_other_columns_are_refused_with_those_that_the_name_has(tmp_path: Path) -> None:
     write(tmp_path / "x.jsonl", {"question": "q", "text": "a"})
     with pytest.raises(ConfigError, match=r"data\.preset: expected a column answer or output, as gsm8k has; got quest"):
