@@ -8,7 +8,8 @@ from fedtune.config.error_text import display
 from fedtune.config.recipe import Recipe, method_type_of
 from fedtune.errors import Fault
 from fedtune.messages import Training
-from fedtune.model.settings import AdapterSettings
+from fedtune.model.emulator_facts import ENDS
+from fedtune.model.settings import AdapterSettings, layer_numbers
 
 USUAL = AdapterSettings()
 OF_LAYERS = ("targets", "layers", "alpha", "rslora", "modules_to_save")
@@ -51,6 +52,13 @@ def adapter_kind_faults(recipe: Recipe) -> Iterator[Fault]:
         yield Fault("fleet.proxy", expected, display(recipe.fleet.proxy), "leave it out")
     yield from arm_faults(recipe)
     yield from training_faults(recipe)
+
+
+def layers_faults(layers: str | None) -> Iterator[Fault]:
+    """Yield that a text names no layers (blocks), in a recipe's or a site's table `adapter`."""
+    if layers is not None and layers != ENDS and layer_numbers(layers) is None:
+        expected = f"numbers of layers and ranges of them, the smaller one first, or {ENDS} of an emulator"
+        yield Fault("adapter.layers", expected, display(layers), 'write, say, "8-15" or "0-3, 28"')
 
 
 def arm_faults(recipe: Recipe) -> Iterator[Fault]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeAlias
 
-from fedtune.config.adapter_kinds import adapter_kind_faults
+from fedtune.config.adapter_kinds import adapter_kind_faults, layers_faults
 from fedtune.config.async_checks import buffer_faults, fleet_bound, overlap_faults, trigger_faults
 from fedtune.config.error_text import display, join_words, nearest, quote
 from fedtune.config.personal_checks import personal_faults
@@ -41,8 +41,7 @@ from fedtune.methods import METHODS
 from fedtune.methods.method import LinearMethod
 from fedtune.methods.robust import least_clients
 from fedtune.methods.settings import LinearSettings, RobustRule, ServerOptimizer
-from fedtune.model.emulator_facts import ENDS
-from fedtune.model.settings import layer_numbers, quantised_format
+from fedtune.model.settings import quantised_format
 from fedtune.rounds.schedule import Schedule, cohort_size
 from fedtune.wire.probe import MAX_STEPS
 
@@ -280,10 +279,7 @@ def target_faults(recipe: Recipe) -> Iterator[Fault]:
     targets, in_full = recipe.adapter.targets, recipe.adapter.modules_to_save
     if not targets:
         yield Fault("adapter.targets", "at least one module", "an empty list", 'targets = ["all-linear"] takes all')
-    layers = recipe.adapter.layers
-    if layers is not None and layers != ENDS and layer_numbers(layers) is None:
-        expected = f"numbers of layers and ranges of them, the smaller one first, or {ENDS} of an emulator"
-        yield Fault("adapter.layers", expected, display(layers), 'write, say, "8-15" or "0-3, 28"')
+    yield from layers_faults(recipe.adapter.layers)
     for module in sorted(set(targets) & set(in_full)):
         expected, hint = "modules that are not targets as well", "keep it in one list"
         yield Fault("adapter.modules_to_save", expected, display(module), hint)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Interval
 
+from fedtune.config.adapter_kinds import layers_faults
 from fedtune.config.binding import bind_name
 from fedtune.config.presets import expand_data_preset
 from fedtune.config.reading import apply_overrides, read
@@ -35,6 +36,8 @@ class Layers:
     """Module names or their last parts, as in the run's recipe; none where virtual tokens train."""
     modules_to_save: Sequence[str] = ()
     """Modules trained in full beside the adapter, as in the run's recipe."""
+    layers: str | None = None
+    """Only these layers (blocks), as in the run's recipe: numbers such as "8-15", or the ends of an emulator."""
     kind: Literal["lora", "prefix", "p-tuning", "prompt"] = "lora"
     """Kind of adapter, as in the run's recipe; likewise the keys below."""
     tokens: Annotated[int, Interval(ge=1, le=65_536)] = AdapterSettings.tokens
@@ -52,6 +55,7 @@ class Layers:
             rank=1,
             targets=self.targets,
             modules_to_save=self.modules_to_save,
+            layers=self.layers,
             kind=self.kind,
             tokens=self.tokens,
             hidden=self.hidden,
@@ -138,10 +142,11 @@ def adapter_faults(site: SiteSettings) -> Iterator[Fault]:
     layers = [*site.adapter.targets, *site.adapter.modules_to_save]
     if site.adapter.kind == "lora" and not site.adapter.targets:
         yield Fault("adapter.targets", "at least one module", "nothing", 'targets = ["all-linear"] takes all')
-    if site.adapter.kind != "lora" and layers:
+    yield from layers_faults(site.adapter.layers)
+    if site.adapter.kind != "lora" and (layers or site.adapter.layers):
         expected = f"nothing with adapter.kind = {site.adapter.kind!r}, whose virtual tokens belong to no layer"
-        key = "targets" if site.adapter.targets else "modules_to_save"
-        yield Fault(f"adapter.{key}", expected, f"{layers[0]!r}", "leave it out")
+        key = "targets" if site.adapter.targets else "modules_to_save" if layers else "layers"
+        yield Fault(f"adapter.{key}", expected, repr([*layers, site.adapter.layers][0]), "leave it out")
 
 
 def names_bundle(table: Mapping[str, Any], root: Path) -> bool:

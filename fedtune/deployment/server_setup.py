@@ -21,7 +21,7 @@ from fedtune.pruning.structure import ModelStructure
 from fedtune.rounds.probe import CheckIns, Prober
 from fedtune.rounds.scores import pooled_scores
 from fedtune.rounds.site_scores import ask_scores
-from fedtune.runs.base_checks import check_kept, check_kind, check_pruning, check_ranks
+from fedtune.runs.base_checks import check_kept, check_kind, check_layers, check_pruning, check_ranks
 from fedtune.runs.context import Door, ModelScores, RunContext
 from fedtune.runs.fleet import fleet_of
 from fedtune.runs.start import check_start_base, first_round, start_adapter, start_state
@@ -68,6 +68,7 @@ def server_context(
     recipe = with_day(replace(recipe, model=replace(recipe.model, digest=common.base)))
     check_ranks(recipe, common.modules)
     check_kind(recipe, common.saved)
+    check_layers(recipe, common.modules)
     if method_of(recipe).task is ProbeSeeds and not common.manifest:
         expected = f"clients whose base {recipe.method.name!r} can move: finite, in float32, float16 or bfloat16"
         raise ConfigError(Fault("model.base", expected, "another, by what most of them say"))

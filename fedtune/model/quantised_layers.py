@@ -17,8 +17,8 @@ from fedtune.directions.seed_ledger import TensorEntry, describe_tensor
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.quantise import quantise
 from fedtune.model.quantised_linear import Kernels, QuantisedLinear
-from fedtune.model.settings import QuantisedFormat
-from fedtune.model.targets import READ_PAST, layer_of
+from fedtune.model.settings import QuantisedFormat, layer_of
+from fedtune.model.targets import READ_PAST
 
 ROUTERS = ("gate", "router")
 """What the names of layers end in that choose experts: a small error there sends a token elsewhere."""

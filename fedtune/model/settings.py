@@ -139,6 +139,20 @@ def layer_numbers(text: str) -> frozenset[int] | None:
     return frozenset(numbers)
 
 
+def layer_of(module: str) -> int | None:
+    """Return the number of the layer (block) that a module lies in: the first number in its name; None for none.
+
+    >>> layer_of("model.layers.12.mlp.experts.3.w1"), layer_of("lm_head")
+    (12, None)
+    """
+    return next((int(part) for part in module.split(".") if part.isdecimal()), None)
+
+
+def in_layers(module: str, layers: str | None) -> bool:
+    """Return whether a module lies in one of the layers of a recipe, which are all where none are given."""
+    return layers is None or layer_of(module) in (layer_numbers(layers) or ())
+
+
 def names_module(target: str, module: str) -> bool:
     """Return whether a target, a name or a pattern, fits a module's full name or the last parts of it.
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from fedtune.errors import ConfigError, Fault
 from fedtune.model.classes import head_modules
 from fedtune.model.quantised_linear import QuantisedLinear
-from fedtune.model.settings import is_pattern, layer_numbers, names_module
+from fedtune.model.settings import in_layers, is_pattern, layer_numbers, layer_of, names_module
 
 READ_PAST: Mapping[str, Collection[str]] = {
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), ("out_proj", "dt_proj")),
@@ -65,15 +65,6 @@ def is_reachable(model: Any, leaf: str) -> bool:
     except ValueError:  # one of two names that it wants together
         return False
     return leaf in set(config.target_modules or ()) and leaf not in READ_PAST.get(model.config.model_type, ())
-
-
-def layer_of(module: str) -> int | None:
-    """Return the number of the layer (block) that a module lies in: the first number in its name; None for none.
-
-    >>> layer_of("model.layers.12.mlp.experts.3.w1"), layer_of("lm_head")
-    (12, None)
-    """
-    return next((int(part) for part in module.split(".") if part.isdecimal()), None)
 
 
 def find_targets(
@@ -128,11 +119,6 @@ def find_targets(
         raise ConfigError(faults)
     # Sorted: the order of the modules is that of the draws and of the bytes on the wire.
     return dict(sorted(chosen.items()))
-
-
-def in_layers(module: str, layers: str | None) -> bool:
-    """Return whether a module lies in one of the layers of a recipe, which are all where none are given."""
-    return layers is None or layer_of(module) in (layer_numbers(layers) or ())
 
 
 def layers_fault(linear: Collection[str], layers: str | None) -> Fault | None:

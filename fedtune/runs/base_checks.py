@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,10 @@ from fedtune.lora.virtual_tokens import are_virtual, num_layers, own_names
 from fedtune.messages import Blueprint
 from fedtune.methods import with_settings
 from fedtune.methods.method import LinearMethod
+from fedtune.model.emulator_facts import ENDS
+from fedtune.model.emulator_facts import NAME as FACTS
+from fedtune.model.emulator_facts import read as read_facts
+from fedtune.model.settings import in_layers
 from fedtune.planning.arms import AdaptiveSettings
 from fedtune.pruning.ranking import multiple_of
 from fedtune.store import result
@@ -52,6 +56,25 @@ def check_kind(recipe: Recipe, saved: Tensors) -> None:
         got = "factors" if not own else "keys and values" if prefix else "embeddings"
         hint = "set the same adapter.kind in the recipe and in the sites' files"
         raise ConfigError(Fault("adapter.kind", "clients that train what the recipe says", f"{got}, not {kind}", hint))
+
+
+def check_layers(recipe: Recipe, modules: Iterable[str]) -> None:
+    """Refuse clients that adapt other layers (blocks) than the recipe names.
+
+    The ends of an emulator are those of the folder that the recipe names; where the server has none, sites know them.
+
+    Raises:
+        ConfigError: naming a module.
+    """
+    layers, folder = recipe.adapter.layers, recipe.root / recipe.model.base
+    if layers == ENDS:
+        layers = ", ".join(map(str, read_facts(folder).ends)) if (folder / FACTS).is_file() else None
+    outside = [name for name in modules if not in_layers(name, layers)]
+    if outside:
+        expected = f"clients that adapt layers {layers} alone, as the recipe says"
+        got = f"{len(outside)} modules of others, such as {outside[0]}"
+        hint = f"set layers = {recipe.adapter.layers!r} in the table [adapter] of the sites' files"
+        raise ConfigError(Fault("adapter.layers", expected, got, hint))
 
 
 def check_pruning(blueprint: Blueprint) -> None:

@@ -43,7 +43,8 @@ class ClientBill:
     device: str
     """The kind of device that it is simulated on; empty for this machine, or one that is not known."""
     examples: int
-    rank: int
+    rank: int | None
+    """None of virtual tokens."""
     ratio: float
     batch: int
     longest: int
@@ -319,7 +320,7 @@ def client_bill(
         client=client,
         device=profile.name if profile else "",
         examples=examples,
-        rank=rank,
+        rank=rank if recipe.adapter.kind == "lora" else None,
         ratio=arm.ratio,
         batch=training.batch,
         longest=round(footprint.longest),

@@ -94,6 +94,8 @@ def plug_back(
     emulator, facts, test = load_emulator(bound, origin, path)
     watch(Phase("loading the true base"))
     tuned = with_factors(bound, tuned, emulator)
+    if max_rank is not None:  # before the scores, which are of what is written
+        tuned = replace(tuned, adapter=export_module.truncate_adapter(tuned.adapter, max_rank, watch))
     saved_modules = [true_name(name, facts) for name in emulator.saved_modules]
     adapter: Adapter = {true_name(name, facts): factors for name, factors in tuned.adapter.items()}
     saved = {true_name(name, facts): array for name, array in tuned.saved.items()}
@@ -105,8 +107,6 @@ def plug_back(
         scores = compare(bound, true, emulator, tuned, adapter, saved, test, full=full)
     elif full is not None:
         raise ConfigError(Fault("full", "test data in the recipe, on which both are scored", "none"))
-    if max_rank is not None:
-        adapter = export_module.truncate_adapter(adapter, max_rank, watch)
     origin = {
         **origin,
         **export_module.sources(path),

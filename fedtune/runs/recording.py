@@ -14,6 +14,7 @@ from fedtune.config import Recipe
 from fedtune.config.recipe import method_of
 from fedtune.lora.dense import Summed, energy
 from fedtune.lora.lowrank import compress
+from fedtune.lora.virtual_tokens import are_virtual
 from fedtune.messages import (
     VERBS,
     Assignment,
@@ -171,6 +172,7 @@ def unsolicited_records(replies: Sequence[UnsolicitedReply]) -> tuple[Unsolicite
 def client_record(finished: RoundResult, name: str) -> ClientRecord:
     outcome, planned = finished.outcomes[name], finished.planned.get(name)
     traffic, device = finished.traffic[name], finished.times.get(name)
+    virtual = are_virtual(getattr(finished.state, "saved", ()))  # tokens, which have no rank
     record = ClientRecord(
         status="ok",
         examples=finished.examples[name],
@@ -183,7 +185,7 @@ def client_record(finished: RoundResult, name: str) -> ClientRecord:
         plan, task = finished.assignments[name].plan, finished.assignments[name].task
         record = replace(
             record,
-            rank=plan.rank if isinstance(task, TrainLora) else None,
+            rank=plan.rank if isinstance(task, TrainLora) and not virtual else None,
             steps=steps_done(finished.assignments[name], outcome),
             ratio=plan.ratio if isinstance(task, TrainLora) and task.pruning is not None else None,
             deadline_s=planned.deadline_s,

@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedtune.config import Recipe, render
 from fedtune.config.recipe import method_of
 from fedtune.errors import FedtuneError, RoundError, StoreError
 from fedtune.methods import serialization
 from fedtune.methods.settings import LinearSettings
+from fedtune.model.settings import AdapterSettings
 from fedtune.planning.fixed import FixedSettings
 from fedtune.rounds import buffer
 from fedtune.rounds.context import RoundContext
@@ -34,6 +35,8 @@ from fedtune.store.run_journal import GROUP_S, RunJournal
 
 FEW_ROUNDS_LEFT = 20
 """From so many rounds on it is noted how many the 32-bit sums of seed accumulators have room for."""
+SLOW_TOKENS, SLOW_ENCODER = (0.005, "0.03 to 0.1"), (0.001, "0.003")
+"""Learning rates below which virtual tokens, and P-tuning's encoder, hardly move, and usual ones."""
 
 
 def run_recipe(
@@ -229,6 +232,8 @@ def remarks(recipe: Recipe) -> Iterator[str]:
         yield "the table [search] is ignored here; fedtune search tries what it lists"
     if recipe.adapter.start is not None:
         yield f"starts from the adapter {recipe.adapter.start}: round 0 is its score, not that of the base alone"
+    if not getattr(recipe.planner, "learning_rates", ()):
+        yield from slow_tokens(recipe.adapter, recipe.client.learning_rate)
     planner, ratios = recipe.planner, [override.ratio for override in recipe.override]
     if recipe.pruning is not None and isinstance(planner, FixedSettings) and not planner.ratio and not any(ratios):
         yield "no client is pruned in training: planner.ratio is 0; the deployed model is pruned afterwards"
@@ -236,3 +241,13 @@ def remarks(recipe: Recipe) -> Iterator[str]:
         rule = recipe.method.server_optimizer.name
         if rule in ("fedadam", "fedyogi"):
             yield f"method.server_learning_rate is 1, by which {rule} may move every number in a round; 0.01 is usual"
+
+
+def slow_tokens(adapter: AdapterSettings, rate: float | Literal["auto"]) -> Iterator[str]:
+    """Yield that virtual tokens hardly move at a learning rate that is usual for factors."""
+    least, usual = SLOW_ENCODER if adapter.send == "encoder" else SLOW_TOKENS
+    if adapter.kind != "lora" and rate != "auto" and rate < least:
+        yield (
+            f"client.learning_rate is {rate:g}, by which virtual tokens hardly move; "
+            f"with adapter.kind = {adapter.kind!r} {usual} is usual"
+        )

@@ -63,7 +63,8 @@ def lines(bill: Mapping[str, Any]) -> Iterator[str]:
 def columns(own: Mapping[str, Any]) -> str:
     """Return what a round asks of a client: how much is trained, and seconds."""
     times = f"{duration(own['down_s']):>8}{duration(own['up_s']):>8}"
-    return f"{own['rank']:>6}{own['ratio']:>7g}{own['batch']:>6}{compute_text(own):>9}{times}"
+    rank = "-" if own["rank"] is None else own["rank"]
+    return f"{rank:>6}{own['ratio']:>7g}{own['batch']:>6}{compute_text(own):>9}{times}"
 
 
 def verb_columns(own: Mapping[str, Any]) -> str:

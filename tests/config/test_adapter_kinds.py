@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fedtune.config import bind, render
@@ -124,4 +126,17 @@ def test_a_site_names_the_kind_of_its_run(tmp_path_factory: pytest.TempPathFacto
     for table, key in (('kind = "prompt", targets = ["q_proj"]', "targets"), ("rank = 1", "rank"), ("", "targets")):
         path.write_text(SITE % table)
         with pytest.raises(ConfigError, match=f"adapter.{key}"):
+            bind_site(path)
+
+
+def test_a_site_names_the_layers_of_its_run(tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    for layers in ("ends", "0-1, 3"):
+        path.write_text(SITE % f'targets = ["all-linear"], layers = "{layers}"')
+        adapter = bind_site(path).adapter
+        assert adapter is not None
+        assert adapter.settings.layers == layers
+    for table in ('targets = ["q_proj"], layers = "3-1"', 'kind = "prompt", layers = "ends"'):
+        path.write_text(SITE % table)
+        with pytest.raises(ConfigError, match=r"adapter\.layers: expected"):
             bind_site(path)

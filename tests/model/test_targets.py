@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 from fedtune.errors import ConfigError
 from fedtune.model.base import Base, load, load_tokenizer
-from fedtune.model.settings import AdapterSettings, ModelSettings
-from fedtune.model.targets import layer_of, linear_shape
+from fedtune.model.settings import AdapterSettings, ModelSettings, layer_of
+from fedtune.model.targets import linear_shape
 from tests.model.families import CAUSAL, build
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 from fedtune.config import Recipe, bind
 from fedtune.errors import ConfigError
 from fedtune.messages import Blueprint
+from fedtune.model.emulator_facts import NAME, EmulatorFacts, encode
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.pruning.structure import Block, BlockLayout, linear_shapes
-from fedtune.runs.base_checks import check_pruning, check_ranks
+from fedtune.runs.base_checks import check_layers, check_pruning, check_ranks
 
 BERT = BlockLayout("bert", (Block("x", 4, 4, 2, 32),), width=8)
 MODULES = dict(zip(BERT.sides, linear_shapes(BERT), strict=True))
@@ -78,3 +80,41 @@ def test_all_faults_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         check_pruning(blueprint(multiple=64, unit="even_q"))
     assert [fault.path for fault in caught.value.faults] == ["pruning.multiple", "pruning.unit"]
+
+
+def test_clients_that_adapt_other_layers_than_the_recipe_names_are_refused(recipe: Recipe) -> None:
+    names = [f"model.layers.{number}.self_attn.q_proj" for number in range(4)]
+    check_layers(recipe, names)  # without layers in the recipe the sites' files say them
+    some = replace(recipe, adapter=replace(recipe.adapter, layers="0, 3"))
+    check_layers(some, [names[0], names[3]])
+    with pytest.raises(ConfigError, match=r"layers 0, 3 alone.*2 modules of others, such as model\.layers\.1.*sites"):
+        check_layers(some, names)
+
+
+def test_the_ends_are_those_of_the_servers_emulator_where_it_has_one(recipe: Recipe, tmp_path: Path) -> None:
+    names = [f"model.layers.{number}.self_attn.q_proj" for number in range(4)]
+    ends = replace(recipe, adapter=replace(recipe.adapter, layers="ends"), root=tmp_path)
+    ends = replace(ends, model=replace(ends.model, base="emulator"))
+    check_layers(ends, names)  # a server without the folder has nothing to hold them against
+    (tmp_path / "emulator").mkdir()
+    facts = EmulatorFacts(
+        base="true",
+        base_digest="",
+        base_blocks=6,
+        blocks="model.layers",
+        front=1,
+        back=1,
+        layers=[0, 1, 4, 5],
+        kind="drop",
+        ratio=0.5,
+        select="round",
+        codes=None,
+        dtype="float32",
+        seed=0,
+        distilled=None,
+        digests={},
+    )
+    (tmp_path / "emulator" / NAME).write_bytes(encode(facts))
+    check_layers(ends, [names[0], names[3]])
+    with pytest.raises(ConfigError, match="layers 0, 3 alone"):
+        check_layers(ends, names)

@@ -82,6 +82,12 @@ def test_an_adapter_loads_on_the_true_base_in_stock_peft(tuned: Path, deep: Path
     assert not uniform.gives_away
 
 
+def test_scores_are_of_the_rank_that_is_written(tuned: Path, deep: Path, tmp_path: Path) -> None:
+    whole, cut = (plug_back(tuned, deep, max_rank=rank, out=tmp_path / f"cut-{rank}").scores for rank in (None, 1))
+    assert cut[PLUGGED_BACK] != whole[PLUGGED_BACK]
+    assert cut[ZERO_SHOT] == whole[ZERO_SHOT]
+
+
 def test_names_and_not_the_order_of_keys_decide(tuned: Path, deep: Path, tmp_path: Path) -> None:
     """The same tensors under the same names in another order of the file: the same adapter, to the bit."""
     written = plug_back(tuned, deep, with_scores=False)

@@ -22,8 +22,11 @@ from fedtune.model.lora import with_adapters
 from fedtune.planning.policy import Arm
 from fedtune.runs.chat import open_speaker
 from fedtune.runs.local import prepare
+from fedtune.runs.plan import plan
+from fedtune.runs.runner import remarks
 from fedtune.runs.start import start_state
 from fedtune.store import peft
+from fedtune.terminal.bill import columns
 from tests.model.test_virtual_tokens import KINDS
 from tests.runs.conftest import read_lines
 from tests.runs.test_chat import said
@@ -184,3 +187,19 @@ def test_plan_counts_the_work_and_memory_of_virtual_tokens(tables: Tables) -> No
     body = many.body
     assert body is not None
     assert memories[1].optimizer == 4 * body.saved * 3
+
+
+def test_no_rank_is_shown_of_tokens(tables: Tables, tmp_path: Path) -> None:
+    ran = fedtune.simulate({**tables, "rounds": {"count": 1}}, out=tmp_path / "run")
+    assert {client["rank"] for client in ran.summary["clients"].values()} == {None}
+    billed = plan(tables).bill
+    assert billed is not None
+    clients = billed.as_json()["clients"].values()
+    assert [columns(client).split()[0] for client in clients] == ["-"] * len(clients)
+
+
+def test_a_learning_rate_of_factors_is_noted(tables: Tables) -> None:
+    assert list(remarks(bind({**tables, "client": {"learning_rate": 0.1}}))) == []
+    [note] = remarks(bind({**tables, "client": {"learning_rate": 2e-4}}))
+    assert "client.learning_rate is 0.0002" in note
+    assert list(remarks(bind({**tables, "client": {"learning_rate": 2e-4}, "adapter": {}}))) == []
