@@ -108,7 +108,17 @@ def evaluate(
     with report_errors(debug):
         if tasks is None:
             refuse_without_tasks(
-                {"--base": base, "--shots": shots, "--limit": limit, "--output": output, "--official": official or None}
+                {
+                    "--base": base,
+                    "--shots": shots,
+                    "--limit": limit,
+                    "--output": output,
+                    "--official": official or None,
+                    "--skip-long": skip_long or None,
+                    "--allow-code-execution": allow_code or None,
+                    "--temperature": temperature,
+                    "--unconfined": unconfined or None,
+                }
             )
             score_run(target, data or (), rows, ratio or (), as_json)
             return
@@ -117,6 +127,9 @@ def evaluate(
             raise typer.BadParameter("expected none with --tasks; use --limit, or export the model", param_hint=option)
         if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
             raise typer.BadParameter(f"expected a file in a folder that is there; got {output}", param_hint="--output")
+        if official and (allow_code or unconfined or temperature is not None or samples != 1):
+            hint = "--samples, --temperature, --allow-code-execution, --unconfined"
+            raise typer.BadParameter("expected none with --official, which runs no programs", param_hint=hint)
         if official and skip_long:
             raise typer.BadParameter("expected none with --official: lm-eval cuts long items", param_hint="--skip-long")
         from fedtune.evaluation.sandbox import Limits

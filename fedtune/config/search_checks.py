@@ -10,6 +10,7 @@ from fedtune.config.search_table import space_path
 from fedtune.errors import Fault
 from fedtune.search.settings import Range, SearchSettings
 from fedtune.search.space import grid, size
+from fedtune.search.steps import Search
 
 SAME_FOR_ALL: Mapping[str, str] = {
     "name": "it names the run",
@@ -38,7 +39,7 @@ def search_faults(recipe: Recipe) -> Iterator[Fault]:
     if settings is None:
         return
     if settings.score != "validation":
-        hint = 'write score = "validation"; the test score of the best trial is in the result, once the search is over'
+        hint = 'write score = "validation", and score the run of best.toml on test data once the search is over'
         why = ": a model chosen by it has no test score left" if "test" in settings.score else ""
         yield Fault("search.score", f"validation, the clients' held-out rows{why}", display(settings.score), hint)
     if not settings.space:
@@ -84,8 +85,10 @@ def rung_faults(settings: SearchSettings, rounds: int) -> Iterator[Fault]:
         expected = f"at most {different}: there are no more different trials in search.space"
         yield Fault("search.trials", expected, f"{settings.trials}", "leave it out to try all")
     least = settings.reduction if halves else 2 if kind == "pbt" else 1
-    if settings.trials is not None and settings.trials < least:
-        yield Fault("search.trials", f"at least {least} with kind = {kind!r}, or none is better", f"{settings.trials}")
+    trials = settings.trials if different is None else Search(settings, rounds, 0).trials
+    if trials and trials < least:
+        hint = "" if settings.trials is not None else "try more settings in search.space, or take kind = 'random'"
+        yield Fault("search.trials", f"at least {least} with kind = {kind!r}, or none is better", f"{trials}", hint)
 
 
 def key_faults(settings: SearchSettings, key: str) -> Iterator[Fault]:

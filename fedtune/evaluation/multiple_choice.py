@@ -81,10 +81,12 @@ def arc_row(row: Row) -> tuple[str, Sequence[str], int]:
 
 def place_of(row: Row, answer: object, labels: Sequence[str]) -> int:
     """Return the place of the right option, which a file names by its label or by its place."""
-    if isinstance(answer, str) and answer in labels:
-        return list(labels).index(answer)
+    # A number is a label where labels are numbers: of the labels 1 to 4, 1 is the first option.
+    if isinstance(answer, str | int) and not isinstance(answer, bool) and str(answer) in list(labels):
+        return list(labels).index(str(answer))
     number = int(answer) if isinstance(answer, str) and answer.isdecimal() and labels == LETTERS else answer
-    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(labels):
+    numbered = any(label.isdecimal() for label in labels)
+    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(labels) and not numbered:
         return number
     raise row.fault(f"an answer of {', '.join(labels)} or its place from 0", repr(answer)[:80])
 

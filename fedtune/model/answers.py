@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from fedtune.data.encode import IGNORED, Example
 from fedtune.data.prompts import open_ids
+from fedtune.errors import ConfigError, Fault
 from fedtune.model.base import Base
 from fedtune.model.batches import collate, reads
 from fedtune.model.loss import logits_of
@@ -71,6 +73,7 @@ def log_likelihoods(
                 predicted = torch.log_softmax(logits[row, end - len(target) : end].float(), dim=-1)
                 totals[place] = predicted.gather(1, target[:, None]).double().sum().item()
                 done += 1
+        check_numbers(totals)
         progress(done)
     return totals
 
@@ -108,8 +111,26 @@ def losses(
             targets = labels[row, 1:]
             total = cross_entropy(logits[row, :-1].float(), targets, ignore_index=IGNORED, reduction="sum")
             results[place] = (total.item(), int((targets != IGNORED).sum()))
+        check_numbers([total for total, _ in results])
         progress(min(begin + batch, len(order)))
     return results
+
+
+def check_numbers(values: Sequence[float]) -> None:
+    """Refuse outputs that are no numbers: the most likely of them is always the first, whatever the question.
+
+    Raises:
+        ConfigError: if one is NaN.
+    """
+    if any(map(isnan, values)):
+        hint = "it has diverged, or overflows in its number format: load it as fp32, or look at the run's rounds"
+        raise ConfigError(Fault("the model", "log-probabilities that are numbers", "NaN", hint))
+
+
+def check_next(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Return the scores of the next token, after refusing those that are no numbers."""
+    check_numbers([float(scores.isnan().any()) and nan])
+    return scores
 
 
 @torch.inference_mode()
@@ -166,6 +187,7 @@ def generate(
         attention_mask=mask.to(base.device),
         max_new_tokens=new_tokens,
         pad_token_id=base.pad_id,
+        logits_processor=LogitsProcessorList([check_next]),
         stopping_criteria=StoppingCriteriaList([StopTexts(base.tokenizer, longest, stop)]) if stop else None,
         **({"do_sample": False} | sampling),
     )

@@ -32,6 +32,11 @@ KEYS: Mapping[str, str] = {
     "weight_decays": "weight_decay",
 }
 """The lists of the planner's settings, each with the key of the table `client` that it gives values for."""
+MOST_DEVIATIONS = 10.0
+"""A client's score counts as at most so many median deviations from its round's median: one that diverges, or makes its
+losses up, would otherwise decide the course of all arms alone."""
+LEAST_SCORES = 3
+"""Of a round; of fewer, none is more usual than the other."""
 COUNTED_FAILURES = ("failed", "refused", "late")
 """Outcomes of which an arm gets the worst score so far: training that diverges must not stay as likely as it was."""
 
@@ -207,7 +212,7 @@ class ExpGrad:
         """
         if learned.entropy < self.settings.cutoff:
             return learned
-        scores = {client.client: self.score(client) for client in seen if client.arm is not None}
+        scores = clip_scores({client.client: self.score(client) for client in seen if client.arm is not None})
         measured = [score for score in scores.values() if score is not None]
         worst = max([*measured, *([] if learned.worst is None else [learned.worst])], default=None)
         if worst is None:
@@ -240,6 +245,24 @@ class ExpGrad:
         if self.settings.score == "loss":
             return after
         return None if before is None or not isfinite(before) else after - before
+
+
+def clip_scores(scores: Mapping[str, float | None]) -> Mapping[str, float | None]:
+    """Return a round's scores, those far from their median brought to `MOST_DEVIATIONS` of it.
+
+    >>> clip_scores({"a": 1.0, "b": 2.0, "c": 3.0, "d": 1e12, "e": None})
+    {'a': 1.0, 'b': 2.0, 'c': 3.0, 'd': 12.5, 'e': None}
+    """
+    measured = np.array([score for score in scores.values() if score is not None])
+    if len(measured) < LEAST_SCORES:
+        return scores
+    middle = float(np.median(measured))
+    room = MOST_DEVIATIONS * float(np.median(np.abs(measured - middle)))
+    if not room:  # most are equal: what differs is not measured by them
+        return scores
+    return {
+        name: None if score is None else min(max(score, middle - room), middle + room) for name, score in scores.items()
+    }
 
 
 def create(settings: ExpGradSettings, inputs: PlannerInputs) -> ExpGrad:

@@ -185,17 +185,25 @@ def needed(tokens: Sequence[Any], new_tokens: int) -> int:
 
 
 def too_long(asked: Asked, base: Base, count: int, new_tokens: int) -> Fault:
-    """Return the fault of items that do not fit, with the largest number of shots with which all do."""
-    name = asked.task.name
-    hint = "set --skip-long to leave them out and count them"
+    """Return the fault of items that do not fit, with the largest number of shots with which all, or most, do."""
+    name, total = asked.task.name, len(asked.rows)
+    fewest, best = count, asked.shots
     for shots in range(asked.shots - 1, -1, -1):
         tokens = tokens_of(asked, asked.items(shots), base)
-        if all(needed(part, new_tokens) <= base.positions for part in tokens):
-            hint = f"set --shots {name}={shots}, with which all fit, or --skip-long to leave them out and count them"
+        if (longer := sum(needed(part, new_tokens) > base.positions for part in tokens)) < fewest:
+            fewest, best = longer, shots
+        if not longer:
             break
+    if not fewest:
+        other = ", or --skip-long to leave them out and count them" if count < total else ""
+        hint = f"set --shots {name}={best}, with which all fit{other}"
+    elif fewest < count:
+        hint = f"set --shots {name}={best}, with which {fewest} do not fit, and --skip-long to leave these out"
+    else:
+        hint = "set --skip-long to leave them out and count them" if count < total else "take a model that reads more"
     answer = f" with {new_tokens} tokens of an answer" if asked.task.kind != "choice" else ""
     expected = f"items of at most {base.positions} tokens{answer}, the model's positions"
-    return Fault(f"--tasks {name}", expected, f"{count} of {len(asked.rows)} longer ones, {asked.shots} shots", hint)
+    return Fault(f"--tasks {name}", expected, f"{count} of {total} longer ones, {asked.shots} shots", hint)
 
 
 def choices(

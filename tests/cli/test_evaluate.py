@@ -63,6 +63,12 @@ def test_benchmarks_are_asked_with_the_options(calls: Calls, tmp_path: Path) -> 
         (["--tasks", "arc", "--shots", "1", "--shots", "2"], "from 0 to 999"),
         (["--tasks", "arc", "--output", "/"], "a file in a folder that is there"),
         (["--tasks", "arc", "--output", "none/x.json"], "a file in a folder that is there"),
+        (["--skip-long"], "--skip-long"),
+        (["--allow-code-execution"], "--allow-code-execution"),
+        (["--temperature", "1"], "--temperature"),
+        (["--unconfined"], "--unconfined"),
+        (["--tasks", "arc", "--official", "--samples", "2"], "--official, which runs no programs"),
+        (["--tasks", "arc", "--official", "--allow-code-execution"], "--official, which runs no programs"),
         (["--data", "a", "--data", "b"], "expected one file"),
     ],
 )

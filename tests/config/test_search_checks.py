@@ -32,6 +32,11 @@ TEXT = SHORTEST + SPACE
         (["search.kind=asha", "rounds.count=1"], "search.first_rung", "fewer than the 1 rounds"),
         (["search.first_rung=12"], "search.first_rung", "lower it, or raise rounds.count"),
         (["search.kind=asha", "search.trials=2"], "search.trials", "at least 3 with kind = 'asha'"),
+        (
+            ["search.kind=asha", "search.trials=none", 'search.space={"client.steps" = [3, 4]}'],
+            "search.trials",
+            "at least 3 with kind = 'asha', or none is better; got 2; try more settings in search.space",
+        ),
         (["search.kind=pbt", "search.interval=10"], "search.interval", "or no trial ever copies another"),
         (["search.interval=2"], "search.interval", "nothing but with kind = 'pbt'"),
         (["search.kind=pbt"], 'search.space."adapter.rank"', "it changes while a model is trained"),

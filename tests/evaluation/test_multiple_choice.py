@@ -32,6 +32,8 @@ def test_arc_is_asked_as_lm_eval_asks_it() -> None:
 def test_arcs_labels_may_be_numbers() -> None:
     numbered = arc_row(choices={"text": ["x", "y"], "label": ["1", "2"]}, answerKey="2")
     assert arc(rows(numbered), [], 0)[0].gold == 1
+    # A file that has lost the quotes means the same option, and not the one at that place from 0.
+    assert arc(rows({**numbered, "answerKey": 2}), [], 0)[0].gold == 1
 
 
 def test_options_are_chosen_by_likelihood_and_by_likelihood_per_character() -> None:
@@ -46,6 +48,8 @@ def test_options_are_chosen_by_likelihood_and_by_likelihood_per_character() -> N
         ({"answer": 4}, "expected an answer of A, B, C, D or its place from 0; got 4"),
         ({"answer": True}, "got True"),
         ({"answer": "E"}, "got 'E'"),
+        ({"answer": "AB"}, "got 'AB'"),
+        ({"answer": ""}, "got ''"),
         ({"answer": "-1"}, "got '-1'"),
         ({"choices": ["1", "2"]}, "expected four choices; got 2"),
         ({"choices": ["1", "2", "3", 4]}, "expected choices as a list of texts"),
@@ -70,6 +74,7 @@ def test_rows_that_are_no_question_of_mmlu_are_refused_by_place(changes: dict[st
         {"choices": {"text": ["a", ""], "label": ["A", "B"]}},
         {"choices": {"label": ["A"]}},
         {"answerKey": "D"},
+        {"choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": 0},
     ],
 )
 def test_rows_that_are_no_question_of_arc_are_refused_by_place(changes: dict[str, Any]) -> None:

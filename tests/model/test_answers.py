@@ -7,6 +7,7 @@ import torch
 
 from fedtune.data.encode import Example
 from fedtune.data.prompts import open_ids
+from fedtune.errors import ConfigError
 from fedtune.model.answers import Continuation, before_stop, continuation, continuations, log_likelihoods, losses
 from fedtune.model.evaluate import continue_text, likelihood
 from tests.model.conftest import Loader
@@ -100,3 +101,20 @@ def test_sampled_answers_depend_on_their_seed_alone(loaded: Loader) -> None:
     first = drawn(0)
     assert first == drawn(0) != drawn(1)
     assert len(set(first)) == 3
+
+
+def test_a_model_whose_outputs_are_no_numbers_is_never_scored(
+    loaded: Loader, examples: Callable[[int], Sequence[Example]]
+) -> None:
+    base = loaded()
+    with torch.no_grad():
+        next(base.model.parameters()).mul_(float("nan"))
+    ids = open_ids(base.tokenizer, "the quick", special=True)
+    # The option "A" would be the most likely one of every question.
+    with pytest.raises(ConfigError, match="the model: expected log-probabilities that are numbers; got NaN"):
+        log_likelihoods(base.model, base, [continuation(base, "the quick", " fox")], batch=1)
+    with pytest.raises(ConfigError, match="got NaN"):
+        losses(base.model, base, examples(2), batch=2)
+    for temperature in (0.0, 0.8):
+        with pytest.raises(ConfigError, match="got NaN"):
+            continuations(base.model, base, [ids], new_tokens=2, batch=1, temperature=temperature)

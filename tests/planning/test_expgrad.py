@@ -174,6 +174,31 @@ def test_a_loss_that_is_not_finite_is_no_score() -> None:
         assert plan.observe(plan.start(), [seen("a", 0, after, before=before)]) == plan.start()
 
 
+def learned_with_a_lie(step_size: StepSize, before: float, after: float) -> ExpGradMemory:
+    """Return what is known after 100 rounds of eight clients; in round 4 one of them has made its losses up."""
+    rng, plan = np.random.default_rng(0), planner(step_size=step_size, cutoff=0.0)
+    memory = plan.start()
+    for round in range(1, 101):
+        outcomes = []
+        for client in FLEET:
+            planned = plan.plan(memory, round, [client])[client.name]
+            assert isinstance(planned, PlannedClient)
+            assert planned.arm is not None
+            loss = 1.0 + 0.1 * planned.arm + rng.normal(0.0, 0.1)
+            lies = round == 4 and client.name == "client-0"
+            own = (before, after) if lies else (2.0, loss)
+            probability = planned.arm_probability
+            outcomes.append(seen(client.name, planned.arm, own[1], before=own[0], arm_probability=probability))
+        memory = plan.observe(memory, outcomes)
+    return memory
+
+
+@pytest.mark.parametrize("step_size", ["adaptive", "aggressive", "auto"])
+@pytest.mark.parametrize(("before", "after"), [(1e12, 0.0), (0.0, 1e12)])
+def test_one_client_that_makes_its_losses_up_decides_no_arm(step_size: StepSize, before: float, after: float) -> None:
+    assert learned_with_a_lie(step_size, before, after).weights[0] > 0.9
+
+
 def test_exploring_ends_below_the_cutoff() -> None:
     plan = planner(cutoff=0.2)
     memory = ExpGradMemory((log(0.01), log(0.97), log(0.02)))

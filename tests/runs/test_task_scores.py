@@ -133,6 +133,15 @@ def test_items_that_do_not_fit_are_refused_or_counted(
     mixed = write(tmp_path / "mixed.jsonl", arc_row(1), arc_row(2, question="the dog " * 99), arc_row(3))
     with pytest.raises(ConfigError, match="got 1 of 3 longer ones, 0 shots; set --skip-long"):
         score_tasks(base, ["arc"], data={"arc": mixed})
+    # Where no number of shots lets all fit, the one that lets most, and the option without which it does not help.
+    shots = {"arc": mixed, "arc.shots": data["arc"]}
+    with pytest.raises(
+        ConfigError, match=r"got 3 of 3 longer.*set --shots arc=\d, with which 1 do not fit, and --skip"
+    ):
+        score_tasks(base, ["arc"], data=shots, shots={"arc": 4}, skip_long=True)
+    long = write(tmp_path / "long.jsonl", arc_row(1, question="the dog " * 99))
+    with pytest.raises(ConfigError, match="got 1 of 1 longer ones, 0 shots; take a model that reads more"):
+        score_tasks(base, ["arc"], data={"arc": long}, skip_long=True)
     notes: list[Any] = []
     task = score_tasks(base, ["arc"], data={"arc": mixed}, skip_long=True, watch=notes.append)["tasks"]["arc"]
     assert (task["rows"], task["items"], task["too_long"]) == (3, 2, 1)
