@@ -9,7 +9,7 @@ from fedtune.config.recipe import Recipe
 from fedtune.config.search_table import space_path
 from fedtune.errors import Fault
 from fedtune.search.settings import Range, SearchSettings
-from fedtune.search.space import grid, size
+from fedtune.search.space import combinations, grid, size
 from fedtune.search.steps import Search
 
 SAME_FOR_ALL: Mapping[str, str] = {
@@ -31,6 +31,9 @@ SAME_FOR_ALL: Mapping[str, str] = {
 """Keys, and tables, that a search does not change, and why."""
 MOVABLE = ("client.", "descend.", "method.server_learning_rate")
 """Beginnings of the keys that may change while a model is trained, as `pbt` does: no shape depends on them."""
+
+LARGEST_GRID = 10_000
+"""Trials of a grid: all are written down before the first one begins."""
 
 
 def search_faults(recipe: Recipe) -> Iterator[Fault]:
@@ -55,6 +58,10 @@ def search_faults(recipe: Recipe) -> Iterator[Fault]:
     ):
         expected = f"a score of model.task = {recipe.model.task!r}"
         yield Fault("search.metric", expected, display(settings.metric), "loss is one of either")
+    if settings.kind == "grid" and (count := combinations(settings.space)) > LARGEST_GRID:
+        hint = "give fewer points or values, or take kind = 'random'"
+        yield Fault("search.space", f"at most {LARGEST_GRID} combinations with kind = 'grid'", f"{count}", hint)
+        return
     yield from rung_faults(settings, recipe.rounds.count)
     for key, dimension in settings.space.items():
         yield from key_faults(settings, key)

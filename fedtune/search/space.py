@@ -39,6 +39,11 @@ def grid(space: Mapping[str, Dimension]) -> Sequence[Mapping[str, Value]]:
     return [dict(zip(space, values, strict=True)) for values in product(*lists)]
 
 
+def combinations(space: Mapping[str, Dimension]) -> int:
+    """Return at most how many trials `grid` makes, without making them."""
+    return math.prod((one.points or 2) if isinstance(one, Range) else len(one) for one in space.values())
+
+
 def points_of(numbers: Range) -> Sequence[Value]:
     """Return evenly spread values of a range, both ends among them, each once.
 

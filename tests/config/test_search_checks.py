@@ -40,6 +40,11 @@ TEXT = SHORTEST + SPACE
         (["search.kind=pbt", "search.interval=10"], "search.interval", "or no trial ever copies another"),
         (["search.interval=2"], "search.interval", "nothing but with kind = 'pbt'"),
         (["search.kind=pbt"], 'search.space."adapter.rank"', "it changes while a model is trained"),
+        (
+            ["search.kind=grid", 'search.space={"client.weight_decay" = {low = 0.0, high = 1.0, points = 1000000000}}'],
+            "search.space",
+            "at most 10000 combinations with kind = 'grid'; got 1000000000; give fewer points",
+        ),
         (["search.kind=grid"], 'search.space."client.learning_rate".points', "write points = 5"),
         (
             ['search.space={"client.steps" = [3, 4, 5]}'],
