@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 
 from fedtune.client.personal_state import StateFolder
-from fedtune.client.personal_training import train_personal
+from fedtune.client.personal_training import attach, train_personal
 from fedtune.client.seeds import work_along_seeds
 from fedtune.client.whole_losses import loss_after_in_whole, loss_before_in_whole
 from fedtune.data.encode import Example
@@ -39,7 +39,7 @@ from fedtune.model.base import Base, check_packing, to_numpy
 from fedtune.model.base_head import with_head
 from fedtune.model.batches import Batch
 from fedtune.model.class_sums import sum_classes
-from fedtune.model.lora import frozen_change, read_local, start, with_adapters
+from fedtune.model.lora import read_local, start
 from fedtune.model.moments import Moments
 from fedtune.model.objective import Hooks
 from fedtune.model.preference import check_rows, num_referred, preference_of, with_margins, with_reference
@@ -48,7 +48,7 @@ from fedtune.model.repair import Repair, repair_of
 from fedtune.model.selective_backward import Windows, with_selective_backward
 from fedtune.model.settings import quantised_format
 from fedtune.model.shares import ALONE, Shares
-from fedtune.model.train import check_finite, report_out_of_memory, train, uses_autocast
+from fedtune.model.train import check_finite, report_out_of_memory, train
 from fedtune.model.variants import variant
 from fedtune.number_formats import from_wire, to_wire
 from fedtune.probing.replica import Replicas
@@ -251,16 +251,7 @@ def train_locally(
     """
     plan, task = assignment.plan, assignment.lora
     saved = task.blobs.get("saved", {})
-    with with_adapters(
-        base,
-        frozen=frozen_change(task),
-        local=initial,
-        scale=plan.scale,
-        dropout=plan.training.dropout,
-        train=task.train,
-        saved=saved,
-        half=uses_autocast(plan.training, base.device),
-    ) as model:
+    with attach(base, assignment, initial, saved) as model:
         hooks = extend(model) if extend else None
         windows = Windows(plan.back, derive(assignment.seed, "back"))
 

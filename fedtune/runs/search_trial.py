@@ -1,4 +1,4 @@
-"""One step of a search: some rounds of one trial, as a run with its own journal, and what came of them."""
+"""A step of a search: one trial runs, or resumes, for some rounds as a run with its own journal, and is scored."""
 
 from __future__ import annotations
 
