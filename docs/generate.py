@@ -21,7 +21,8 @@ from docs.edge_pages import edge_page
 from docs.guarantees import guarantees_page, marked_tests, read_record
 from docs.import_pages import import_table
 from docs.schema_pages import enum_table, exception_table, message_blocks, record_table
-from docs.settings_pages import RECIPE_INTRODUCTIONS, recipe_pages, server_pages, settings_page, site_pages
+from docs.settings_pages import RECIPE_INTRODUCTIONS, settings_page
+from fedtune.config.key_tables import recipe_tables, server_tables, site_tables
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,14 +40,14 @@ MARKERS: Mapping[str, Any] = {
 def generated_pages() -> Mapping[str, str]:
     """Return the content of every generated page by its path below docs/."""
     pages = {}
-    for name, tables in recipe_pages().items():
+    for name, tables in recipe_tables().items():
         title = "Recipe: top level" if name == "top-level" else f"Recipe: {name}"
         introduction = RECIPE_INTRODUCTIONS.get(name, "")
         pages[f"reference/recipe/{name}.md"] = settings_page(title, introduction, tables)
     site = "What a client says of itself, for `fedtune join site.toml`. The file never leaves the client's machine."
-    pages["reference/site.md"] = settings_page("Site file", site, site_pages())
+    pages["reference/site.md"] = settings_page("Site file", site, site_tables())
     server = "How `fedtune serve recipe.toml --config server.toml` listens. Nothing in it changes what a run computes."
-    pages["reference/server.md"] = settings_page("Server file", server, server_pages())
+    pages["reference/server.md"] = settings_page("Server file", server, server_tables())
     pages["explanation/guarantees.md"] = guarantees_page(read_record(), marked_tests())
     pages["reference/fedtune-edge.md"] = edge_page()
     for name, command in commands():
@@ -65,7 +66,7 @@ def command_file(name: str) -> str:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put the generated pages where the navigation names a folder of them."""
-    recipe = [{name.replace("-", " "): f"reference/recipe/{name}.md"} for name in recipe_pages()]
+    recipe = [{name.replace("-", " "): f"reference/recipe/{name}.md"} for name in recipe_tables()]
     by_command = [{name: f"reference/commands/{command_file(name)}"} for name, _ in commands()]
     lists = {"reference/recipe/*": recipe, "reference/commands/*": by_command}
     config.nav = expanded(config.nav, lists)

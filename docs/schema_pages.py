@@ -9,8 +9,8 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
-from docs.settings_pages import field_texts
 from fedtune import errors
+from fedtune.config.key_facts import field_texts
 from fedtune.rounds import record
 
 SCHEMA = Path(__file__).parents[1] / "proto" / "fedtune" / "v1"

@@ -20,9 +20,9 @@ import pytest
 from annotated_types import Ge, Interval
 
 import fedtune
-from docs import command_pages, edge_pages, generate, import_pages, schema_pages, settings_pages
-from docs.settings_pages import Key, Table
-from fedtune.config import fs_keys
+from docs import command_pages, edge_pages, generate, import_pages, schema_pages
+from fedtune.config import fs_keys, key_facts, key_tables, units
+from fedtune.config.key_facts import Key, Table
 from fedtune.config.link import bind_link
 from fedtune.config.reading import read
 from fedtune.config.recipe import SECTIONS
@@ -43,9 +43,9 @@ DOCUMENTS = sorted(
 )
 
 TABLES: dict[str, Sequence[Table]] = {
-    **{f"recipe: {name}": tables for name, tables in settings_pages.recipe_pages().items()},
-    "site": settings_pages.site_pages(),
-    "server": settings_pages.server_pages(),
+    **{f"recipe: {name}": tables for name, tables in key_tables.recipe_tables().items()},
+    "site": key_tables.site_tables(),
+    "server": key_tables.server_tables(),
 }
 KEYS = [
     pytest.param(key, id=f"{page}: {key.name}") for page, tables in TABLES.items() for t in tables for key in t.keys
@@ -61,9 +61,7 @@ def test_every_key_has_type_default_unit_and_text(key: Key) -> None:
 
 
 def test_every_key_that_a_recipe_binds_is_documented() -> None:
-    documented = {
-        key.name for tables in settings_pages.recipe_pages().values() for table in tables for key in table.keys
-    }
+    documented = {key.name for tables in key_tables.recipe_tables().values() for table in tables for key in table.keys}
     tables = [*SECTIONS.items()]
     tables += [("method", method.settings) for method in METHODS.values()]
     tables += [("planner", kind.settings) for kind in PLANNERS.values()]
@@ -76,9 +74,7 @@ def test_every_key_that_a_recipe_binds_is_documented() -> None:
 
 
 def test_every_key_of_a_real_recipe_is_documented() -> None:
-    documented = {
-        key.name for tables in settings_pages.recipe_pages().values() for table in tables for key in table.keys
-    }
+    documented = {key.name for tables in key_tables.recipe_tables().values() for table in tables for key in table.keys}
     for path in sorted((ROOT / "simulations").rglob("*.toml")):
         _, _, _, tables = read(path)
         assert set(written(tables)) <= documented | {"planner", "method", "data.split"}, path
@@ -102,7 +98,7 @@ def written(tables: object, path: str = "") -> Iterator[str]:
             yield where
 
 
-@pytest.mark.parametrize(("name", "bounds"), settings_pages.DEVICE_RANGES.items())
+@pytest.mark.parametrize(("name", "bounds"), units.DEVICE_RANGES.items())
 def test_the_ranges_shown_of_a_device_are_those_that_bind(name: str, bounds: str) -> None:
     def refused(value: float) -> bool:
         faults: list[Fault] = []
@@ -119,18 +115,18 @@ def test_the_ranges_shown_of_a_device_are_those_that_bind(name: str, bounds: str
 
 def test_the_defaults_shown_are_those_that_bind() -> None:
     settings, _ = bind_link(None)
-    shown = {key.name: key.default for key in settings_pages.server_pages()[0].keys}
+    shown = {key.name: key.default for key in key_tables.server_tables()[0].keys}
     assert shown["link.hold_s"] == str(settings.hold_s)
     assert shown["link.metrics_names"] == "false"
     assert shown["link.listen"] == f'"{settings.listen}"'
 
 
 def test_types_and_ranges_are_put_into_words() -> None:
-    assert settings_pages.kind_of(Annotated[int, Ge(1)] | None) == "whole number or none"
-    assert settings_pages.range_of(Annotated[float, Interval(ge=0, lt=1)] | None) == "≥ 0 and < 1"
-    assert settings_pages.unit_of("timeout_s", float) == "seconds"
+    assert key_facts.kind_of(Annotated[int, Ge(1)] | None) == "whole number or none"
+    assert key_facts.range_of(Annotated[float, Interval(ge=0, lt=1)] | None) == "≥ 0 and < 1"
+    assert units.unit_of("timeout_s", float) == "seconds"
     with pytest.raises(KeyError, match="expected a unit"):
-        settings_pages.unit_of("furlongs", float)
+        units.unit_of("furlongs", float)
 
 
 def test_every_command_has_a_page_with_all_its_options() -> None:
