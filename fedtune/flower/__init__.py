@@ -5,10 +5,12 @@ processes that Flower starts before fedtune is imported: service units and conta
 """
 
 import os
+from importlib.util import find_spec
 
 # Sets which TLS gRPC may speak. flwr loads gRPC, which reads that once: a server that is started in this process later
 # would accept TLS 1.2 as well.
 import fedtune.link  # noqa: F401
+from fedtune.errors import ExtraError
 
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -21,3 +23,20 @@ ENVIRONMENT = {
 
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
+
+
+def check_flower() -> None:
+    """Refuse to go on without flwr, in one sentence for all who import a module of this package.
+
+    Raises:
+        ExtraError: naming the extra.
+    """
+    if find_spec("flwr") is None:
+        raise ExtraError(
+            "expected the package flwr, which fedtune serve, the engine ray and fedtune.flower run on; got none; run "
+            'pip install "fedtune[flower]", or "fedtune[ray]" for the engine'
+        )
+
+
+# Here and not where each module is used: the import of any of them comes through here first.
+check_flower()

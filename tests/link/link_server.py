@@ -49,7 +49,7 @@ class LinkServer:
 
 @contextmanager
 def run_link_server(
-    folder: Path, settings: LinkSettings = SETTINGS, *, run: str = "0123456789abcdef"
+    folder: Path, settings: LinkSettings = SETTINGS, *, run: str = "0123456789abcdef", recipe: str = 'name = "x"\n'
 ) -> Iterator[LinkServer]:
     """Serve a dispatcher until the block ends."""
     now = int(time.time())  # TLS looks at the machine's own clock
@@ -61,7 +61,7 @@ def run_link_server(
     clock, wall = Clock(), Clock(float(now))
     rosters = RosterFile(places["server"] / "roster", identities["server"].root, clock=clock, now=wall)
     own = identities["server"]
-    info = RunInfo("care", run, b'name = "x"\n', own.name, own.key)
+    info = RunInfo("care", run, recipe.encode(), own.name, own.key)
     dispatcher = Dispatcher(info, settings, folder / "spool", Blocklist(folder / "barred", clock=clock))
     dispatcher.max_reply_bytes = lambda front: 200_000_000
     with serve_link(dispatcher, own, rosters, now=wall) as running:

@@ -11,14 +11,20 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from wsgiref.types import StartResponse, WSGIEnvironment
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, PlatformCollector, ProcessCollector
-from prometheus_client.exposition import make_wsgi_app
-
-from fedtune.errors import ConfigError, Fault
+from fedtune.errors import ConfigError, ExtraError, Fault
 from fedtune.link import uploads
 from fedtune.link.pki.roster import Roster
 from fedtune.link.server.addresses import HEALTH_HINT
 from fedtune.link.server.dispatcher import Dispatcher
+
+try:
+    from prometheus_client import CollectorRegistry, Counter, Gauge, PlatformCollector, ProcessCollector
+    from prometheus_client.exposition import make_wsgi_app
+except ModuleNotFoundError:
+    raise ExtraError(
+        "expected the package prometheus-client, which writes the metrics of fedtune serve; got none; run pip install "
+        '"fedtune[flower]"'
+    ) from None
 
 
 class Metrics:
