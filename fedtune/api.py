@@ -15,6 +15,7 @@ from fedtune.config import Recipe, bind, render
 from fedtune.config.plugins import find_method, method_names
 from fedtune.config.reading import read
 from fedtune.config.recipe import Objects
+from fedtune.data.given import given_rows
 from fedtune.errors import ConfigError, Fault, RoundError, StoreError, type_of
 from fedtune.methods.method import GlobalModel, Method
 from fedtune.planning.planner import Planner, PlannerInputs
@@ -92,7 +93,7 @@ def simulate(
     method: Method[Any] | None = None,
     planner: Planner | Callable[[PlannerInputs], Planner] | None = None,
     model: Any | None = None,
-    data: Mapping[str, Any] | None = None,
+    data: Any | None = None,
     watch: Watch | None = None,
 ) -> Run:
     """Run a recipe with all its clients on this machine, and return the run.
@@ -109,8 +110,11 @@ def simulate(
         planner: a planner of your own, or a function that creates it; in place of the recipe's table `planner`.
         model: a transformers model and its tokenizer as a pair, or a `fedtune.model.base.Base`; in place of
             `model.base`. It is frozen, and moved to `model.device`, in place.
-        data: by client name its rows, each a mapping from column to value, or a `datasets.Dataset`; or a mapping with
-            the rows to `train` on and those `held_out`. In place of `data.source` and `data.split`.
+        data: in place of `data.source`. By client name its rows, each a mapping from column to value, or a
+            `datasets.Dataset`; or a mapping with the rows to `train` on and those `held_out`. Or a partitioner of
+            flwr-datasets with its data set, or the two as a pair: its parts are client-0, client-1, ... Or one
+            `datasets.Dataset`, a `DatasetDict` with `train` and perhaps `test`, or a list of rows, which
+            `data.split` divides.
         watch: called with each event of `fedtune.rounds.events`; without it progress and remarks are written to
             standard error, as the command line writes them. `lambda event: None` is silent.
 
@@ -180,8 +184,11 @@ def check_objects(objects: Objects) -> Objects:
         if missing:
             expected = "a planner with start, plan and observe, or a function that creates one"
             faults.append(Fault("planner", expected, f"{type_of(objects.planner)} without {missing[0]}"))
-    if objects.data is not None and not (isinstance(objects.data, Mapping) and objects.data):
-        faults.append(Fault("data", "rows by client, of one client at least", type_of(objects.data)))
+    if objects.data is not None:
+        try:
+            objects = replace(objects, data=given_rows(objects.data))  # once: a partitioner may draw anew each time
+        except ConfigError as error:
+            faults += error.faults
     if faults:
         raise ConfigError(faults)
     return objects

@@ -21,6 +21,7 @@ from fedtune.config.recipe import AT_SITES, PYTHON, PYTHON_PLANNER, SECTIONS, Ob
 from fedtune.config.rows import bind_devices, bind_overrides
 from fedtune.config.search_table import bind_search
 from fedtune.config.tables import AT_FAULT, bind_table, bind_value, freeze_table, unknown_keys
+from fedtune.data.given import Given, given_rows
 from fedtune.data.settings import GROUP
 from fedtune.errors import ConfigError, Fault
 from fedtune.messages import ProbeSeeds
@@ -131,7 +132,7 @@ def with_objects(table: Mapping[str, Any], objects: Objects) -> Mapping[str, Any
     for name, value, values in (
         ("method", objects.method, {"name": objects.method.name} if objects.method else {}),
         ("model", objects.model, {"base": PYTHON}),
-        ("data", objects.data, {"source": PYTHON, "split": {"kind": "key", "by": GROUP}}),
+        ("data", objects.data, {} if objects.data is None else data_names(given_rows(objects.data), tables)),
     ):
         own = tables.get(name, {})
         if value is not None and isinstance(own, Mapping):  # else `bind_table` finds the fault
@@ -142,6 +143,15 @@ def with_objects(table: Mapping[str, Any], objects: Objects) -> Mapping[str, Any
     if objects.planner is not None:
         tables["planner"] = {"name": PYTHON, "type": type_name(objects.planner)}
     return tables
+
+
+def data_names(given: Given, table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the keys of the table `data` that rows of Python stand in for; test rows that the recipe names stay."""
+    if given.whole is None:
+        return {"source": PYTHON, "split": {"kind": "key", "by": GROUP}}
+    own = table.get("data")
+    named = isinstance(own, Mapping) and "test" in own
+    return {"source": PYTHON} | ({} if given.test is None or named else {"test": PYTHON})
 
 
 def type_name(planner: Any) -> str:

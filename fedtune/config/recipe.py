@@ -73,7 +73,7 @@ class ReportSettings:
 AT_SITES = "at the sites"
 """In a recipe's text, the source of data that never leave the clients of a federation."""
 PYTHON: Literal["<python>"] = "<python>"
-"""In a recipe's text, the name of what was given as a Python object."""
+"""In a recipe's text, the name of what was given as a Python object; as `data.settings.PYTHON`."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class Objects:
     """A `Planner`, or a function from `PlannerInputs` to one."""
     model: Any | None = None
     """A `Base`, or a transformers model and its tokenizer."""
-    data: Mapping[str, Any] | None = None
-    """By client, its rows, or its rows to train on and to hold out."""
+    data: Any | None = None
+    """Rows by client, a data set to divide, or a partitioner: what `data.given.given_rows` reads."""
 
 
 class NamedSettings(Protocol):

@@ -12,14 +12,15 @@ import numpy as np
 
 from fedtune.data.division import divide, mix_by_client
 from fedtune.data.encode import Encoded, Example, Tokenizer, encode_causal, encode_classes, pack
+from fedtune.data.given import Given, check_given, given_notes, given_rows
 from fedtune.data.labels import alike, class_names
 from fedtune.data.mix import Mix
 from fedtune.data.partition import Rows
 from fedtune.data.partition_file import ClientRows, Division, all_rows
 from fedtune.data.preference import encode_preferences, holds_preferences
 from fedtune.data.repeats import fingerprints, note_on_held_out, note_on_test
-from fedtune.data.settings import GROUP, DataSettings, Form, Task, faults
-from fedtune.data.source import Source, read_rows, read_source, read_test
+from fedtune.data.settings import GROUP, PYTHON, DataSettings, Form, Task, faults
+from fedtune.data.source import Source, read_rows, read_source, read_test, read_whole
 from fedtune.errors import ConfigError, Fault
 from fedtune.seeds import derive, generator
 
@@ -66,7 +67,7 @@ def federate(
     task: Task,
     seed: int,
     root: Path,
-    rows: Mapping[str, Any] | None = None,
+    rows: Any | None = None,
     least_classes: int = 2,
 ) -> Federation:
     """Return every client's training and held-out examples and the global test data.
@@ -80,8 +81,8 @@ def federate(
         task: what the base is trained for.
         seed: the run's.
         root: folder that relative paths start from.
-        rows: by client, its rows, or a mapping with the rows to `train` on and those `held_out`; in place of the
-            source that the settings name.
+        rows: in place of the source that the settings name, what `data.given.given_rows` reads: by client its rows, or
+            a mapping with the rows to `train` on and those `held_out`; or rows that the split divides.
         least_classes: classes that must occur where the settings name none.
 
     A client whose rows give no training example takes no part; the notes name it.
@@ -92,27 +93,24 @@ def federate(
         raise ConfigError(wrong)
     if settings.packing and task == "classification":
         raise ConfigError(Fault("data.packing", "false for classification", "true"))
-    if rows is not None and settings.split.kind != "key":
-        expected = "'key', by the client that each row is given for"
-        raise ConfigError(Fault("data.split.kind", expected, repr(settings.split.kind), "leave data.split out"))
-    if rows is not None and settings.split.match is not None:
-        expected, hint = "nothing beside rows that are given by client", "give each client's own rows as held_out"
-        raise ConfigError(Fault("data.split.match", expected, repr(settings.split.match), hint))
-    held_out = None if rows is None else _held_out(settings, rows, task)
-    source = read_source(settings, root, task=task) if rows is None else read_rows(settings, _training(rows), task=task)
-    test = read_test(settings, root, task=task)
+    given = None if rows is None else given_rows(rows)
+    if given is not None:
+        check_given(settings, given)
+    held_out = None if given is None else _held_out(settings, given.by_client, task)
+    source, test = _read(settings, given, root, task)
     labels = class_names(settings, source, test, held_out, least=least_classes) if task == "classification" else []
     apart = {} if held_out is None else _by_client(held_out, _encode(held_out, settings, tokenizer, labels))
     prints = fingerprints(source.rows), [] if test is None else fingerprints(test.rows)
     division = divide(settings, source, test, prints=prints, seed=seed, root=root, apart=apart)
     parts = {name: all_rows(own) for name, own in division.clients.items()}
     encoded = {name: _encode(source, settings, tokenizer, labels, part) for name, part in parts.items()}
-    notes = [*source.notes, *alike(labels), *_notes(list(encoded.values()), settings)]
+    notes = [*source.notes, *given_notes(given), *alike(labels), *_notes(list(encoded.values()), settings)]
     used = min(source.rows.count, settings.limit or source.rows.count)
     if left := used - sum(map(len, parts.values())):
         notes.append(f"data.split: {left} of {used} rows go to no client")
     clients, sits_out = _shards(encoded, parts, division, settings)
     notes += [f"{name} takes no part: {why}" for name, why in sits_out.items()]
+    sits_out = {**sits_out, **dict.fromkeys(given.empty if given else (), "its part has no row")}
     clients |= {name: replace(clients[name], held_out=own) for name, own in apart.items() if name in clients}
     notes += _repeats(division, held_out, prints)
     if test is None:
@@ -129,6 +127,22 @@ def federate(
     mix = mix_by_client(settings, source, division)
     order = generator(derive(seed, "data.test")).permutation(len(scored))
     return Federation(clients, [scored[row] for row in order], labels, notes, form_of(source), sits_out, division, mix)
+
+
+def _read(settings: DataSettings, given: Given | None, root: Path, task: Task) -> tuple[Source, Source | None]:
+    """Return the training rows and the test rows: those that Python gives, or those that the settings name."""
+    if given is None:
+        return read_source(settings, root, task=task), read_test(settings, root, task=task)
+    if given.whole is None:
+        source = read_rows(settings, _training(given.by_client), task=task)
+    else:
+        source = read_whole(settings, given.whole, task=task, key="data.source")
+    if settings.test != PYTHON:
+        return source, read_test(settings, root, task=task)
+    if given.test is None:
+        expected = "the test rows that the run was started with"
+        raise ConfigError(Fault("data", expected, "a data set without a split 'test'", "give the DatasetDict again"))
+    return source, read_whole(settings, given.test, task=task, key="data.test")
 
 
 def form_of(source: Source) -> Form:

@@ -28,6 +28,9 @@ Form = Literal["text", "instruction", "messages"]
 """What the rows are: raw text; a question with its answer, around which a template is put; or a conversation, which the
 tokenizer's chat template writes."""
 
+PYTHON: Literal["<python>"] = "<python>"
+"""In place of a source or of test files: rows that were given as Python objects."""
+
 TEMPLATES = ("auto", "alpaca", "chat", "plain")
 
 

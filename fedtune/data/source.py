@@ -101,6 +101,24 @@ def read_rows(settings: DataSettings, rows: Mapping[str, Any], *, task: Task) ->
     return Source(table_of(read), files, list(dict.fromkeys(notes)))
 
 
+def read_whole(settings: DataSettings, rows: Any, *, task: Task, key: str) -> Source:
+    """Return rows that Python code gives together, as `read_source` returns those of a file: the split divides them.
+
+    Args:
+        settings: the recipe's table `data`.
+        rows: a `datasets.Dataset` or a sequence of mappings from column to value.
+        task: which parts are read.
+        key: `data.source`, or `data.test` for test rows, which have groups only to match them.
+
+    Raises: ConfigError as `read_source`.
+    """
+    where = "the rows that Python gives" if key == "data.source" else "the test rows that Python gives"
+    table = _given_table(rows, where)
+    grouped = key == "data.source" or settings.split.match is not None
+    parts, notes = _parts(settings, table, where, task=task, key=key, by=settings.split.by if grouped else None)
+    return Source(table_of(parts), [(where, table.count)], notes)
+
+
 def labels_of(settings: DataSettings, root: Path) -> Sequence[str]:
     """Return the labels that occur in a site's own rows, or those of `data.labels`; no other column is read.
 
@@ -128,20 +146,28 @@ def _read(
     notes, files = [note] if note else [], []
     for number, place in enumerate(chosen_places):
         table = _table(place, settings, key)
-        if not table.count:
-            raise ConfigError(Fault(key, "at least one row", f"none in {place.name}"))
-        chosen = choose(settings, table.names, place.name, task)
-        parts = dict(read_parts(chosen, table, place.name))
+        parts, remarks = _parts(settings, table, place.name, task=task, key=key, by=by if grouped else None)
         if names:
             parts[GROUP] = [names[number]] * table.count
-        elif grouped and by is not None:
-            if by not in table.names:
-                raise ConfigError(absent("data.split.by", by, table.names, place.name))
-            parts[GROUP] = cells(GROUP, table.column(by), f"column {by!r} of {place.name}")
         _append(rows, parts, key, place.name)
         files.append((place.name, table.count))
-        notes += [chosen.note] if chosen.note else []
+        notes += remarks
     return Source(table_of(rows), files, list(dict.fromkeys(notes)))
+
+
+def _parts(
+    settings: DataSettings, table: Table, where: str, *, task: Task, key: str, by: str | None
+) -> tuple[dict[str, Sequence[str]], list[str]]:
+    """Return the parts of one table, with its groups by the column `by`, and what a user should know of them."""
+    if not table.count:
+        raise ConfigError(Fault(key, "at least one row", f"none in {where}"))
+    chosen = choose(settings, table.names, where, task)
+    parts = dict(read_parts(chosen, table, where))
+    if by is not None:
+        if by not in table.names:
+            raise ConfigError(absent("data.split.by", by, table.names, where))
+        parts[GROUP] = cells(GROUP, table.column(by), f"column {by!r} of {where}")
+    return parts, [chosen.note] if chosen.note else []
 
 
 def _append(rows: dict[str, list[str]], parts: Mapping[str, Sequence[str]], key: str, where: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from fedtune.data.federation import Federation, digest, federate
+from fedtune.data.given import Given
 from fedtune.data.settings import DataSettings, Split
 from fedtune.errors import ConfigError
 
@@ -274,3 +275,31 @@ def test_the_digest_of_the_data_depends_on_token_types(sites: Path, tokenizer: A
     (example,) = shard.train
     typed = replace(shard, train=[replace(example, token_types=np.ones_like(example.input_ids))])
     assert digest(replace(federation, clients={**federation.clients, "west": typed})) != digest(federation)
+
+
+def test_rows_of_python_are_divided_as_those_of_a_file(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"text": f"story number {row}", "kind": "ab"[row % 2]} for row in range(30)]
+    write(tmp_path / "x.jsonl", rows)
+    split = Split("dirichlet", by="kind", clients=3, alpha=1.0)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "task": "causal", "seed": 5, "root": tmp_path}
+    ours = federate(DataSettings("<python>", split), rows=rows, **options)
+    assert digest(ours) == digest(federate(DataSettings("x.jsonl", split), **options))
+
+
+def test_the_test_rows_of_python_are_matched(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"text": f"story number {row}", "kind": "ab"[row % 2]} for row in range(30)]
+    settings = DataSettings("<python>", Split("meta", by="kind", clients=2, match="train"), test="<python>")
+    options: dict[str, Any] = {"tokenizer": tokenizer, "task": "causal", "seed": 5, "root": tmp_path}
+    federation = federate(settings, rows=Given(whole=rows[:20], test=rows[20:]), **options)
+    assert sizes(federation) == {"a": (10, 5), "b": (10, 5)}
+    with pytest.raises(ConfigError, match="the test rows that the run was started with"):
+        federate(settings, rows=rows, **options)
+
+
+def test_a_part_without_rows_sits_out_by_name(tmp_path: Path, tokenizer: Any) -> None:
+    given = Given(by_client={"client-0": [{"text": "one"}, {"text": "two"}]}, empty=("client-1",))
+    settings = DataSettings("<python>", Split("key", by="group"))
+    federation = federate(settings, tokenizer=tokenizer, task="causal", seed=0, root=tmp_path, rows=given)
+    assert list(federation.clients) == ["client-0"]
+    assert federation.sits_out == {"client-1": "its part has no row"}
+    assert federation.notes == ["data: the partitioner gives no row to client-1, which takes no part"]

@@ -158,6 +158,43 @@ def test_a_resumed_run_needs_its_model_and_data_again(recipe: dict[str, Any], tm
     fedtune.simulate(resume=run.path, data=rows_of(recipe))
 
 
+class Halves:
+    """A partitioner by hand whose last part has no row."""
+
+    num_partitions = 3
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def load_partition(self, number: int) -> Dataset:
+        return self.data.select(range(number, len(self.data), 2) if number < 2 else [])
+
+
+def test_a_partitioner_is_a_federation_that_goes_on_without_its_empty_part(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    every = Dataset.from_list([row for rows in rows_of(recipe).values() for row in rows])
+    tables = {**recipe, "rounds": {"count": 1}}
+    notes: list[str] = []
+    run = fedtune.simulate(
+        tables, data=Halves(every), out=tmp_path / "run", watch=lambda event: notes.append(getattr(event, "text", ""))
+    )
+    assert sorted(run.summary["clients"]) == ["client-0", "client-1"]
+    assert "data: the partitioner gives no row to client-2, which takes no part" in notes
+    with pytest.raises(ConfigError, match="what the run was started with"):
+        fedtune.simulate(resume=run.path, data=Halves(every.select(range(1, len(every)))), overrides=["rounds.count=2"])
+    on = fedtune.simulate(resume=run.path, data=Halves(every), overrides=["rounds.count=2"])
+    assert on.summary["rounds"] == 2
+
+
+def test_one_data_set_is_divided_by_the_recipe(recipe: dict[str, Any], tmp_path: Path) -> None:
+    tables = {**recipe, "rounds": {"count": 1}}
+    named = fedtune.simulate(tables, out=tmp_path / "named")
+    lines = [json.loads(line) for line in Path(recipe["data"]["source"]).read_text().splitlines()]
+    run = fedtune.simulate(tables, data=Dataset.from_list(lines), out=tmp_path / "run")
+    assert digests(run.path) == digests(named.path)
+
+
 @pytest.mark.parametrize(
     ("engine", "objects", "named"),
     [
