@@ -24,6 +24,7 @@ from fedtune.cli import (
     provenance,
     roster,
     runs,
+    schema,
     search,
 )
 from fedtune.cli.options import (
@@ -317,6 +318,7 @@ adapters.register(app)
 import_fs.register(app)
 federation.register(app)
 provenance.register(app)
+schema.register(app)
 
 
 def parse_seeds(text: str | None) -> Sequence[int] | None:

@@ -42,7 +42,8 @@ class Parts:
         return len(self.parts)
 
     def load_partition(self, number: int) -> Any:
-        return self.dataset.select(self.parts[number])
+        data: Any = self.dataset
+        return data.select(self.parts[number])
 
 
 def texts(rows: Any) -> list[str]:
@@ -83,7 +84,7 @@ def test_a_data_set_is_divided_and_a_dictionary_of_splits_brings_its_test() -> N
     data = Dataset.from_list(ROWS)
     assert given_rows(data).whole is data
     assert given_rows(ROWS).whole is ROWS
-    splits = DatasetDict(train=data, test=data.select([0]), validation=data)
+    splits = DatasetDict(train=data, test=Dataset.from_list(ROWS[:1]), validation=data)
     given = given_rows(splits)
     assert given.whole is not None
     assert texts(given.test) == ["row 0"]
