@@ -19,7 +19,8 @@ from fedtune.data.settings import DataSettings
 from fedtune.data.settings import faults as data_faults
 from fedtune.errors import ConfigError, Fault
 from fedtune.link.client.conditions import Conditions
-from fedtune.link.settings import JoinSettings, Policy
+from fedtune.link.client.http_proxy import parse_proxy
+from fedtune.link.settings import ENVIRONMENT_PROXY, JoinSettings, Policy
 from fedtune.link.settings import validate_policy as check_policy
 from fedtune.model.settings import AdapterSettings, ModelSettings
 from fedtune.store.seeds import MANIFEST as TENSORS
@@ -128,7 +129,7 @@ def bind_site(path: Path) -> SiteSettings:
     values["name"] = bind_name(table.get("name", stem), faults)
     values["seed"] = bind_value(Annotated[int, Ge(0)], table.get("seed", 0), "seed", faults)
     site = freeze_table(SiteSettings, values, complete=not faults)
-    for rule in (lambda settings: data_faults(settings.data), policy_faults, adapter_faults):
+    for rule in (lambda settings: data_faults(settings.data), policy_faults, adapter_faults, proxy_faults):
         faults.extend(apply_rule(rule, site))
     if faults:
         raise ConfigError(faults, source=label)
@@ -147,6 +148,21 @@ def adapter_faults(site: SiteSettings) -> Iterator[Fault]:
         expected = f"nothing with adapter.kind = {site.adapter.kind!r}, whose virtual tokens belong to no layer"
         key = "targets" if site.adapter.targets else "modules_to_save" if layers else "layers"
         yield Fault(f"adapter.{key}", expected, repr([*layers, site.adapter.layers][0]), "leave it out")
+
+
+def proxy_faults(site: SiteSettings) -> Sequence[Fault]:
+    """Return what is wrong with a site's proxy, before the network is asked; the password is in no message."""
+    link = site.link
+    if link is None:
+        return ()
+    if link.proxy_credentials and not link.proxy:
+        return [Fault("link.proxy", "the proxy that link.proxy_credentials is for", "none")]
+    try:
+        if link.proxy not in ("", ENVIRONMENT_PROXY):
+            parse_proxy(link.proxy)
+    except ConfigError as error:
+        return error.faults
+    return ()
 
 
 def names_bundle(table: Mapping[str, Any], root: Path) -> bool:

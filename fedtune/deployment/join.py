@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from fedtune.link.audit_log import AuditLog, RecordEvent, log_event, record_to_a
 from fedtune.link.client import outbox, policy
 from fedtune.link.client.client import Client, End
 from fedtune.link.client.conditions import Conditions
+from fedtune.link.client.http_proxy import settle_proxy
 from fedtune.link.client.order_limits import limit_violations
 from fedtune.link.client.policy import PolicyViolation, TaskDemand, Usage
 from fedtune.link.client.session import Greeting
@@ -76,6 +78,7 @@ def load_join_setup(site: Path, *, server: str | None = None) -> JoinSetup:
     host, _, port = link.address.rpartition(":")
     if not host or not port.isdecimal():
         raise ConfigError(Fault("link.address", "HOST:PORT", repr(link.address)), source=str(site))
+    link = settle_proxy(link, settings.root, os.environ)
     identity = load_identity((settings.root / link.identity).resolve(), role="client", now=int(time.time()))
     # The roster knows the client by this name; under another one its plan would never reach it.
     if settings.name != identity.name:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Le
@@ -15,6 +15,8 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 ScorePolicy: TypeAlias = Literal["send", "keep", "refuse"]
 
+ENVIRONMENT_PROXY = "environment"
+"""As `link.proxy`: what the process's environment says."""
 MIN_DIGEST_DIGITS = 8
 """Hex digits of a digest that a policy must give at least: 32 bits, so that no other digest matches by chance."""
 
@@ -92,8 +94,14 @@ class JoinSettings:
     """Folder of the outbox, the audit log and what each run sent and received; relative to the file's folder."""
     server_name: str = ""
     """Name in the server's certificate, if it is not the host in `address`."""
-    proxy: str = ""
-    """HTTP proxy through which the site connects, e.g. "http://proxy.example.org:3128"; empty: straight."""
+    # Not in the repr: a password may be in it, and what shows settings must not show that.
+    proxy: str = field(default="", repr=False)
+    """HTTP proxy through which the site connects, by CONNECT, e.g. "http://proxy.example.org:3128", or with a password
+    (Basic) "http://USER:PASSWORD@proxy.example.org:3128"; "environment": that of HTTPS_PROXY, but for the hosts of
+    NO_PROXY; empty: straight, whatever the environment says."""
+    proxy_credentials: str = ""
+    """File with one line USER:PASSWORD for the proxy, which its owner alone may read, so that they need not stand here;
+    relative to the file's folder."""
     backoff_s: Annotated[float, Gt(0)] = 0.5
     """Pause after the first failed connection. Each further pause may be twice as long, up to `backoff_cap_s`; the
     actual one is drawn at random below that."""

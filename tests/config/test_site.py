@@ -124,3 +124,20 @@ def test_faults_of_link_and_policy_are_told_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         bind_site(path)
     assert {fault.path.partition(".")[0] for fault in caught.value.faults} == {"link", "policy"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ('proxy = "https://anna:geheim@proxy:3128"', "link.proxy: expected an HTTP proxy, http://HOST:PORT"),
+        ('proxy = "http://anna:geheim@proxy"', "'proxy' without a port"),
+        ('proxy_credentials = "geheim.secret"', "link.proxy: expected the proxy that link.proxy_credentials is for"),
+    ],
+)
+def test_a_proxy_is_checked_before_the_network_is_asked(tmp_path: Path, keys: str, words: str) -> None:
+    said = faults(tmp_path, SITE + f'[link]\naddress = "a:1"\n{keys}\n')
+    assert words in said
+    assert "geheim" not in said.replace("link.proxy_credentials", "")
+    named = bind_site(written(tmp_path, SITE + '[link]\naddress = "a:1"\nproxy = "environment"\n'))
+    assert named.link is not None
+    assert named.link.proxy == "environment"

@@ -46,6 +46,17 @@ def test_a_site_is_bound_with_its_identity_and_its_paths_start_at_its_file(site:
     assert load_join_setup(site, server="other:2").link.address == "other:2"
 
 
+def test_a_proxy_is_the_files_or_that_of_the_environment(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    assert load_join_setup(site).link.proxy == ""
+    site.write_text(SITE.replace("[policy]", 'proxy = "environment"\nproxy_credentials = "secret"\n[policy]'))
+    (site.parent / "secret").write_text("anna:geheim\n")
+    (site.parent / "secret").chmod(0o600)
+    setup = load_join_setup(site)
+    assert setup.link.proxy == "http://anna:geheim@proxy:3128"
+    assert "geheim" not in repr(setup)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "match"),
     [

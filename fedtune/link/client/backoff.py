@@ -11,8 +11,9 @@ import grpc
 
 from fedtune.errors import ConfigError, Fault, TemporaryError
 from fedtune.link.audit_log import RecordEvent
-from fedtune.link.client.channel import TRANSIENT_STATUS, diagnose
+from fedtune.link.client.channel import TRANSIENT_STATUS
 from fedtune.link.client.jobs import Job, StoppedError
+from fedtune.link.client.route import diagnose
 from fedtune.link.pki.identity import Identity
 from fedtune.link.rejections import describe, one_line, reason_name
 from fedtune.link.settings import JoinSettings

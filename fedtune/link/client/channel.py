@@ -1,9 +1,8 @@
-"""From a client to its server: the channel, the calls on it, and a diagnosis in words when there is no connection."""
+"""From a client to its server: the channel, and the calls on it."""
 
 from __future__ import annotations
 
-import socket
-import ssl
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -13,12 +12,9 @@ from fedtune.link.pki.identity import Identity
 from fedtune.link.settings import KIB, MIB, JoinSettings
 from fedtune.wire.v1 import link_pb2 as pb
 
-CONNECT_S = 10.0
-SILENCE_S = 1.0
-"""After a TLS handshake, within which a server that rejects the client's certificate closes the connection."""
-OUTDATED = frozenset({9, 10})
-"""X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED: what a renewal at the server mends."""
 SERVICE = "/fedtune.v1.Link"
+SPARED_HOSTS = "no_grpc_proxy"
+"""Variable with the hosts for which gRPC uses no proxy; it counts before `no_proxy`."""
 
 TRANSIENT_STATUS = frozenset(
     {
@@ -105,82 +101,8 @@ def dial(identity: Identity, settings: JoinSettings) -> LinkStub:
         options.append(("grpc.ssl_target_name_override", settings.server_name))
     # Without a setting, proxies of the environment are ignored: the site's own file says where its data go.
     options.append(("grpc.http_proxy", settings.proxy) if settings.proxy else ("grpc.enable_http_proxy", 0))
+    if settings.proxy:
+        # gRPC would go past it for the hosts of `no_proxy`, without a word.
+        os.environ[SPARED_HOSTS] = ""
     credentials = grpc.ssl_channel_credentials(identity.ca, identity.tls_key, identity.certificate)
     return link_stub(grpc.secure_channel(settings.address, credentials, options=options))
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """Why there is no connection."""
-
-    reason: str
-    permanent: bool
-    """Whether trying again cannot help."""
-
-
-def diagnose(identity: Identity, settings: JoinSettings) -> Diagnosis:
-    """Return which step to the server fails: its name, its port, or TLS in either direction.
-
-    gRPC reports a closed port and a rejected certificate with the same status, so this opens a connection of its own.
-    """
-    host, port = host_of(settings.address), settings.address.rpartition(":")[2]
-    # A connection of our own would show the way to the proxy alone.
-    if settings.proxy:
-        return Diagnosis(f"no connection to {settings.address} through {settings.proxy}", permanent=False)
-    try:
-        address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0][4]
-    except OSError as error:
-        reason = f"expected a host that is known; got {host!r} ({error.strerror or error}); check link.address"
-        return Diagnosis(reason, permanent=False)
-    try:
-        connection = socket.create_connection((str(address[0]), int(port)), timeout=CONNECT_S)
-    except OSError as error:
-        reason = f"no server listens on {settings.address} ({error.strerror or error})"
-        return Diagnosis(reason, permanent=False)
-    with connection:
-        return diagnose_tls(connection, identity, settings.server_name or host)
-
-
-def diagnose_tls(connection: socket.socket, identity: Identity, name: str) -> Diagnosis:
-    """Return how a TLS handshake on a connection ends."""
-    context = ssl.create_default_context(cadata=identity.ca.decode())
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(identity.folder / "tls.crt", identity.folder / "tls.key")
-    # gRPC refuses a handshake that does not offer HTTP/2, and this one would fail where a real call succeeds.
-    context.set_alpn_protocols(["h2"])
-    try:
-        with context.wrap_socket(connection, server_hostname=name) as tls:
-            tls.settimeout(SILENCE_S)
-            try:
-                # In TLS 1.3 the server verifies our certificate after the handshake has succeeded here: the end of the
-                # connection is all that a rejected client sees.
-                if not tls.recv(1):
-                    reason = (
-                        "the server closed the connection: it rejects this site's certificate, or has too many "
-                        "connections; check that both were enrolled by the same CA"
-                    )
-                    return Diagnosis(reason, permanent=False)  # a network may cut here too
-            except TimeoutError:
-                pass
-    except ssl.SSLCertVerificationError as error:
-        if error.verify_code in OUTDATED:
-            reason = (
-                f"the server's certificate is not valid now ({error.verify_message}); its coordinator must renew it"
-            )
-            return Diagnosis(f"{reason}, or check this clock", permanent=False)
-        reason = (
-            f"expected a server certificate of this federation for {name!r}; got another ({error.verify_message}); "
-            "check link.address, or set link.server_name to a name in the certificate"
-        )
-        return Diagnosis(reason, permanent=True)
-    except ssl.SSLError as error:
-        if "ALERT" in (error.reason or "") or "CERTIFICATE" in (error.reason or ""):
-            reason = (
-                f"the server rejects this site's certificate ({(error.reason or '').lower().replace('_', ' ')}); "
-                "check that both were enrolled by the same CA and that the dates are right"
-            )
-            return Diagnosis(reason, permanent=True)
-        return Diagnosis(f"TLS failed ({error.reason or error})", permanent=False)
-    except OSError as error:
-        return Diagnosis(f"the connection broke off ({error.strerror or error})", permanent=False)
-    return Diagnosis("TLS succeeds, but the server does not answer calls", permanent=False)

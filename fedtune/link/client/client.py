@@ -15,13 +15,14 @@ from fedtune.link.audit_log import RecordEvent, ignore_event
 from fedtune.link.client import outbox
 from fedtune.link.client.backoff import Backoff
 from fedtune.link.client.bandwidth import Bandwidth, check_limits
-from fedtune.link.client.channel import LinkStub, diagnose, dial
+from fedtune.link.client.channel import LinkStub, dial
 from fedtune.link.client.conditions import Conditions
 from fedtune.link.client.delivery import Delivery
 from fedtune.link.client.device_watch import DeviceWatch
 from fedtune.link.client.downloads import Downloads
 from fedtune.link.client.jobs import Job, StoppedError, ThreadGuard
 from fedtune.link.client.policy import OrderCheck
+from fedtune.link.client.route import diagnose
 from fedtune.link.client.session import CALL_S, Greeting, Session
 from fedtune.link.client.socket_bytes import SocketMeter, dialled_port
 from fedtune.link.client.training_jobs import TrainingJobs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
@@ -234,6 +235,34 @@ def validity(pem: bytes) -> tuple[int, int]:
     """Return from when to when a certificate is valid, in seconds since 1970."""
     parsed = x509.load_pem_x509_certificate(pem)
     return int(parsed.not_valid_before_utc.timestamp()), int(parsed.not_valid_after_utc.timestamp())
+
+
+@dataclass(frozen=True)
+class ShownNames:
+    """What a certificate of any kind says of itself; nothing of it is verified."""
+
+    issuer: str
+    hosts: Sequence[str] = ()
+    is_party: bool = False
+    """Whether it names a party of some federation."""
+
+
+@parse_errors_as_value_errors()
+def shown_names(der: bytes) -> ShownNames:
+    """Return who has issued a certificate, and the hosts that it is for.
+
+    Raises:
+        ValueError: if it is no certificate.
+    """
+    parsed = x509.load_der_x509_certificate(der)
+    issuer = parsed.issuer.rfc4514_string() or "an issuer without a name"
+    try:
+        names = parsed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return ShownNames(issuer)
+    hosts = [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    return ShownNames(issuer, hosts, any(uri.startswith(SCHEME) for uri in uris))
 
 
 @parse_errors_as_value_errors()

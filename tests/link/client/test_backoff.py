@@ -14,8 +14,8 @@ import pytest
 
 from fedtune.errors import ConfigError, TemporaryError, may_pass
 from fedtune.link.client.backoff import REPORT_INTERVAL_S, STABLE_S, Backoff
-from fedtune.link.client.channel import Diagnosis
 from fedtune.link.client.jobs import Job, StoppedError
+from fedtune.link.client.route import Diagnosis
 from fedtune.link.pki.identity import load_identity
 from fedtune.link.rejections import rejection
 from fedtune.link.settings import JoinSettings
