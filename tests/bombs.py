@@ -19,7 +19,7 @@ from fedtune.directions.seed_ledger import (
     decode_manifest,
 )
 from fedtune.link.envelopes import KIND
-from fedtune.link.pki import codes, enrollment, roster
+from fedtune.link.pki import codes, dsse, enrollment, roster
 from fedtune.link.pki.signing import key_id, sign
 from fedtune.messages import ProbeSeeds, Training
 from fedtune.methods import METHODS
@@ -111,7 +111,7 @@ def grouped_ledger(*, banks: int = 1, groups: int = 1) -> bytes:
 
 
 def signed_roster(content: bytes) -> bytes:
-    return roster.make_dsse(roster.KIND, content, ROOT)
+    return dsse.make_dsse(roster.KIND, content, ROOT)
 
 
 def read_state(data: bytes) -> object:
@@ -316,7 +316,7 @@ BOMBS: Mapping[str, Bomb] = {
     "signed header: as many parts as fit": (lambda: strings(13, 21_000), read_signed_header),
     "signed header: as many names as fit": (lambda: strings(20, 16_000), read_signed_header),
     # Files that people receive.
-    "roster: above the limit": (lambda: b"1" * (roster.MAX_BYTES + 1), read_roster),
+    "roster: above the limit": (lambda: b"1" * (dsse.MAX_BYTES + 1), read_roster),
     "roster: brackets within brackets": (lambda: NESTED, read_roster),
     "roster: a key again and again": (lambda: b"{" + b'"a":1,' * MANY + b'"a":1}', read_roster),
     "signed roster: brackets within brackets": (lambda: signed_roster(NESTED), read_roster),

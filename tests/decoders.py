@@ -15,7 +15,7 @@ from fedtune.directions.seed_ledger import SeedLedger, decode_ledger, decode_man
 from fedtune.directions.space import directions
 from fedtune.errors import FedtuneError
 from fedtune.link.envelopes import KIND, verify_envelope
-from fedtune.link.pki import codes, enrollment, roster
+from fedtune.link.pki import codes, dsse, enrollment, roster
 from fedtune.link.pki.roster import Party
 from fedtune.link.pki.signing import key_id, public_bytes, sign
 from fedtune.link.rejections import RejectionError
@@ -67,8 +67,8 @@ def decoders(folder: Path) -> list[Decoder]:
         directions("hadamard", 8, [7, 8], "tensor", [1, 3, 4, 9]), 20, 3, b"m" * 32, np.arange(64, dtype="<i4")
     )
     signed_roster = roster.encode(ROSTER, ROOT)
-    payload, _ = roster.parse_dsse(signed_roster, roster.KIND, "roster")
-    record = roster.canonical_json({"epoch": 1, "kind": "open", "n": 0, "prev": "", "unix_ms": 5, "round": 1})
+    payload, _ = dsse.parse_dsse(signed_roster, roster.KIND, "roster")
+    record = dsse.canonical_json({"epoch": 1, "kind": "open", "n": 0, "prev": "", "unix_ms": 5, "round": 1})
     adapter = peft.write(
         folder / "adapter",
         {"x": Factors(a=np.ones((2, 3), np.float32), b=np.ones((4, 2), np.float32))},
@@ -121,9 +121,7 @@ def decoders(folder: Path) -> list[Decoder]:
         Decoder("envelope", good.SerializeToString(), read_envelope),
         Decoder("signed header", good.header, read_signed_header),
         Decoder("roster", signed_roster, lambda data: roster.decode(data, PUBLIC)),
-        Decoder(
-            "signed roster", payload, lambda data: roster.decode(roster.make_dsse(roster.KIND, data, ROOT), PUBLIC)
-        ),
+        Decoder("signed roster", payload, lambda data: roster.decode(dsse.make_dsse(roster.KIND, data, ROOT), PUBLIC)),
         Decoder(
             "enrollment request",
             enrollment.make_request(folder / "anna", name="anna", org="a", role="client"),

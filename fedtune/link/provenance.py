@@ -16,18 +16,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.errors import ConfigError, Fault, StoreError, WireError
 from fedtune.link.pki.authority import ROSTER_PUB
+from fedtune.link.pki.dsse import canonical_json, is_signed_by, make_dsse, parse_dsse, parse_json
 from fedtune.link.pki.identity import ROOT, read_root_key
-from fedtune.link.pki.roster import (
-    Party,
-    Roster,
-    canonical_json,
-    decode,
-    is_signed_by,
-    make_dsse,
-    parse_dsse,
-    parse_json,
-    read_roster_bytes,
-)
+from fedtune.link.pki.roster import Party, Roster, decode, read_roster_bytes
 from fedtune.link.pki.signing import key_id
 from fedtune.store import manifest
 from fedtune.store.files import write_bytes

@@ -16,8 +16,9 @@ import pytest
 from fedtune.errors import ConfigError, FedtuneError, StoreError, WireError
 from fedtune.link import provenance
 from fedtune.link.pki import authority
+from fedtune.link.pki.dsse import canonical_json, make_dsse
 from fedtune.link.pki.identity import load_identity
-from fedtune.link.pki.roster import Roster, canonical_json, make_dsse
+from fedtune.link.pki.roster import Roster
 from fedtune.link.pki.signing import pae
 from fedtune.link.provenance import Signer, load_roster, sign_folder, verify_folder
 from fedtune.store import manifest, peft

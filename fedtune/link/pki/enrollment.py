@@ -17,6 +17,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fedtune.errors import ConfigError, Fault, WireError
 from fedtune.link.pki import certificates, roster
+from fedtune.link.pki.dsse import (
+    canonical_json,
+    decode_base64,
+    is_signed_by,
+    make_dsse,
+    parse_dsse,
+    parse_json,
+    read_fields,
+)
 from fedtune.link.pki.identity import (
     CA,
     CERTIFICATE,
@@ -31,17 +40,7 @@ from fedtune.link.pki.identity import (
     read_root_key,
     read_secret,
 )
-from fedtune.link.pki.roster import (
-    NAME,
-    Role,
-    canonical_json,
-    decode_base64,
-    is_signed_by,
-    make_dsse,
-    parse_dsse,
-    parse_json,
-    read_fields,
-)
+from fedtune.link.pki.roster import NAME, Role
 from fedtune.link.pki.signing import pae, public_bytes
 from fedtune.store.files import store_errors, write_bytes
 

@@ -12,7 +12,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from fedtune.errors import ConfigError, Fault, TemporaryError, WireError
 from fedtune.link.pki import certificates
-from fedtune.link.pki.roster import MAX_BYTES, SKEW_S, Roster, decode
+from fedtune.link.pki.dsse import MAX_BYTES
+from fedtune.link.pki.roster import SKEW_S, Roster, decode
 from fedtune.link.pki.signing import public_bytes
 
 SIGN_KEY, TLS_KEY, CERTIFICATE, CA, ROOT, ROSTER = "sign.key", "tls.key", "tls.crt", "ca.crt", "root.pub", "roster"

@@ -65,6 +65,12 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     NAME_IN_USE: _ClassVar[Reason]
     SITE_DIFFERS: _ClassVar[Reason]
     CERTIFICATE_ENDED: _ClassVar[Reason]
+    INVITATION_UNKNOWN: _ClassVar[Reason]
+    INVITATION_ENDED: _ClassVar[Reason]
+    INVITATION_USED: _ClassVar[Reason]
+    REQUEST_DIFFERS: _ClassVar[Reason]
+    REQUEST_REJECTED: _ClassVar[Reason]
+    QUEUE_FULL: _ClassVar[Reason]
     HEADER_TOO_LARGE: _ClassVar[Reason]
     KEY_UNKNOWN: _ClassVar[Reason]
     SIGNATURE: _ClassVar[Reason]
@@ -83,6 +89,7 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BUILD_DIFFERS: _ClassVar[Reason]
     QUOTA: _ClassVar[Reason]
     DISK_LOW: _ClassVar[Reason]
+    RENEWAL_OFF: _ClassVar[Reason]
     NOT_WANTED: _ClassVar[Reason]
     OFFSET: _ClassVar[Reason]
     LENGTH: _ClassVar[Reason]
@@ -154,6 +161,12 @@ TOO_MANY_CALLS: Reason
 NAME_IN_USE: Reason
 SITE_DIFFERS: Reason
 CERTIFICATE_ENDED: Reason
+INVITATION_UNKNOWN: Reason
+INVITATION_ENDED: Reason
+INVITATION_USED: Reason
+REQUEST_DIFFERS: Reason
+REQUEST_REJECTED: Reason
+QUEUE_FULL: Reason
 HEADER_TOO_LARGE: Reason
 KEY_UNKNOWN: Reason
 SIGNATURE: Reason
@@ -172,6 +185,7 @@ BODY_SIZE: Reason
 BUILD_DIFFERS: Reason
 QUOTA: Reason
 DISK_LOW: Reason
+RENEWAL_OFF: Reason
 NOT_WANTED: Reason
 OFFSET: Reason
 LENGTH: Reason
@@ -542,3 +556,31 @@ class PushAck(_message.Message):
     refusal: Refusal
     roster_version: int
     def __init__(self, taken: _Optional[int] = ..., complete: bool = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., roster_version: _Optional[int] = ...) -> None: ...
+
+class EnrolRequest(_message.Message):
+    __slots__ = ("invitation", "request", "signature")
+    INVITATION_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    invitation: bytes
+    request: bytes
+    signature: bytes
+    def __init__(self, invitation: _Optional[bytes] = ..., request: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class RenewRequest(_message.Message):
+    __slots__ = ("request", "statement")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    STATEMENT_FIELD_NUMBER: _ClassVar[int]
+    request: bytes
+    statement: bytes
+    def __init__(self, request: _Optional[bytes] = ..., statement: _Optional[bytes] = ...) -> None: ...
+
+class EnrolReply(_message.Message):
+    __slots__ = ("bundle", "pending", "refusal")
+    BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    bundle: bytes
+    pending: Wait
+    refusal: Refusal
+    def __init__(self, bundle: _Optional[bytes] = ..., pending: _Optional[_Union[Wait, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...

@@ -12,19 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import WireError
-from fedtune.link.pki.roster import (
-    KIND,
-    MAX_BYTES,
-    Party,
-    Roster,
-    RosterFile,
-    canonical_json,
-    check_successor,
-    decode,
-    encode,
-    find_party,
-    make_dsse,
-)
+from fedtune.link.pki.dsse import MAX_BYTES, canonical_json, make_dsse
+from fedtune.link.pki.roster import KIND, Party, Roster, RosterFile, check_successor, decode, encode, find_party
 from fedtune.link.pki.signing import key_id, public_bytes
 
 ROOT = Ed25519PrivateKey.from_private_bytes(bytes(32))
