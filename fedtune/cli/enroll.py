@@ -9,18 +9,40 @@ from typing import Annotated, Any
 
 import typer
 
+from fedtune.cli import enroll_online
 from fedtune.cli.options import DebugOption, examples, report_errors
 from fedtune.terminal.text import printable
 
 app = typer.Typer(
-    no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    help="Enrol a party of a federation: request at the site, sign at the CA, accept at the site. Keys never travel.",
+    help="Enrol a party of a federation: with a one-time code over the network, or by files: request at the site, sign "
+    "at the CA, accept at the site. Keys never travel.",
 )
 
 IdentityOption = Annotated[Path, typer.Option("--identity", metavar="DIR", help="Folder of this party's keys.")]
 AuthorityOption = Annotated[Path, typer.Option("--ca", metavar="DIR", help="Folder made by fedtune ca init.")]
+
+
+@app.callback(invoke_without_command=True, epilog=examples("fedtune enroll --code CODE", "fedtune enroll --code -"))
+def by_code(
+    context: typer.Context,
+    code: Annotated[
+        str | None, typer.Option(metavar="CODE", help="What the coordinator has sent: a code, a file, or - to paste.")
+    ] = None,
+    identity: IdentityOption = Path("identity"),
+    proxy: Annotated[str, typer.Option(metavar="URL", help="HTTP proxy to dial through.")] = "",
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Whether to wait until it is signed.")] = True,
+    debug: DebugOption = False,
+) -> None:
+    """Enrol with a code, or give one of the commands below."""
+    if context.invoked_subcommand is not None:
+        return
+    if code is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
+    with report_errors(debug):
+        enroll_online.enrol_by_code(code, identity, proxy=proxy, wait=wait)
 
 
 @app.command(
@@ -66,14 +88,22 @@ def sign(
     request: Annotated[
         str,
         typer.Argument(
-            metavar="REQUEST", help="What the site sent: a file, its code, or - to paste that.", show_default=False
+            metavar="REQUEST",
+            help="What the site sent: a file, its code, or - to paste that; or the folder of a queue.",
+            show_default=False,
         ),
     ],
     ca: AuthorityOption = Path("ca"),
     days: Annotated[int, typer.Option(min=1, max=397, help="How long the certificate lasts.")] = 90,
     fingerprint: Annotated[
-        str | None, typer.Option(metavar="HEX", help="Fingerprint that the site read out; required without a terminal.")
+        list[str] | None,
+        typer.Option(
+            metavar="HEX", help="Fingerprint that the site read out; required without a terminal; once for each site."
+        ),
     ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Sign a whole queue without comparing: the coordinator is trusted with that.")
+    ] = False,
     replace: Annotated[
         bool,
         typer.Option("--replace", help="Accept a new key, organisation or role of an enrolled party."),
@@ -90,6 +120,11 @@ def sign(
         from fedtune.link.pki import authority, codes, enrollment, signing
         from fedtune.store.files import write_bytes
 
+        if len(request) <= codes.LONGEST_PATH and Path(request).is_dir():
+            enroll_online.sign_folder(
+                Path(request), ca, days=days, fingerprints=fingerprint or [], replace=replace, yes=yes
+            )
+            return
         data = codes.read_given("request", request, "fedtune enroll request", sys.stdin)
         applicant = enrollment.read_request(data)
         actual = signing.fingerprint(data)
@@ -97,10 +132,10 @@ def sign(
             f"{printable(applicant.name)}, {applicant.role} of {printable(applicant.org)}" + hosts(applicant.hosts)
         )
         typer.echo(f"fingerprint {actual}")
-        if fingerprint is not None:
-            if not signing.is_fingerprint(fingerprint, actual):
+        if fingerprint:
+            if not any(signing.is_fingerprint(text, actual) for text in fingerprint):
                 hint = "ask the site again; if it differs, the request was changed on its way"
-                raise ConfigError(Fault("--fingerprint", actual, repr(fingerprint), hint))
+                raise ConfigError(Fault("--fingerprint", actual, ", ".join(map(repr, fingerprint)), hint))
         elif not sys.stdin.isatty():
             raise ConfigError(Fault("--fingerprint", "what the site read out", "none", "compare it by voice first"))
         elif not typer.confirm("Is that what the site reads out?"):
@@ -157,3 +192,6 @@ def echo_code(bundle: bytes) -> None:
 
 def hosts(names: tuple[str, ...]) -> str:
     return f", dialled as {', '.join(names)}" if names else ""
+
+
+enroll_online.register(app)

@@ -16,6 +16,10 @@ LogFormat: TypeAlias = Literal["text", "json"]
 
 EVENT_TEXTS: Mapping[str, str] = {
     "listening": "listening on {address}",
+    "enrolment": "enrolment on {address}",
+    "queued": "{client} asks for a certificate; its request waits in the queue; fingerprint {fingerprint}",
+    "delivered": "{client} has its certificate",
+    "renewed": "{client} has a new certificate",
     "health": "health and metrics on http://{address}/",
     "serving": "run {run}, {rounds} rounds, recipe {recipe:.16}",
     "round": "round {round} of {rounds} begins with {clients}",

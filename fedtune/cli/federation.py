@@ -58,7 +58,7 @@ def serve(
 
     def work() -> None:
         from fedtune.cli.event_log import event_writer
-        from fedtune.config.link import bind_link
+        from fedtune.config.link import bind_server
         from fedtune.deployment.coordinator import coordinate
         from fedtune.deployment.server_setup import data_at_sites
         from fedtune.errors import RoundError
@@ -67,10 +67,10 @@ def serve(
         edits = [f"link.listen={json.dumps(listen)}"] if listen is not None else []
         edits += [f"link.identity={json.dumps(str(identity.absolute()))}"] if identity is not None else []
         # The server's own settings are no part of the recipe, which the sites see.
-        edits += [text for text in overrides or () if text.startswith("link.")]
-        recipe_edits = [text for text in overrides or () if not text.startswith("link.")]
+        edits += [text for text in overrides or () if text.startswith(("link.", "enrolment."))]
+        recipe_edits = [text for text in overrides or () if not text.startswith(("link.", "enrolment."))]
         bound = data_at_sites(str(source), overrides=recipe_edits)
-        settings, root = bind_link(config, tuple(edits))
+        settings, enrolment, root = bind_server(config, tuple(edits))
         options = ["--config", str(config.absolute())] if config is not None else []
         options += [word for text in edits for word in ("--set", text)]
         run = resume if resume is not None else out or Path("runs") / bound.name
@@ -84,6 +84,7 @@ def serve(
                 resume=resume is not None,
                 fresh=fresh,
                 expect=expect,
+                enrolment=enrolment,
                 options=options,
                 record=record,
             )

@@ -20,7 +20,7 @@ from fedtune.config.rows import DECLARED
 from fedtune.config.site import SiteSettings
 from fedtune.config.units import DEVICE_RANGES, UNITS_BY_PATH, unit_of
 from fedtune.devices.profiles import PROFILES, DeviceProfile
-from fedtune.link.settings import LinkSettings
+from fedtune.link.settings import EnrolmentSettings, LinkSettings
 from fedtune.methods import METHODS
 from fedtune.planning import PLANNERS
 from fedtune.simulation.resources import Resources
@@ -65,7 +65,10 @@ def site_schema() -> Schema:
 
 def server_schema() -> Schema:
     """Return the schema of a server's own file."""
-    properties = {"link": table_schema(LinkSettings, "link")}
+    properties = {
+        "link": table_schema(LinkSettings, "link"),
+        "enrolment": table_schema(EnrolmentSettings, "enrolment"),
+    }
     return document("A fedtune server file: how fedtune serve listens.", properties, [])
 
 

@@ -26,7 +26,7 @@ from fedtune.config.recipe import SECTIONS, Override, Recipe
 from fedtune.config.site import SiteSettings
 from fedtune.config.units import DEVICE_RANGES
 from fedtune.devices.profiles import DeviceProfile
-from fedtune.link.settings import LinkSettings
+from fedtune.link.settings import EnrolmentSettings, LinkSettings
 from fedtune.methods import METHODS
 from fedtune.planning import PLANNERS
 from fedtune.planning.policies import POLICIES
@@ -131,4 +131,4 @@ def settings_of(annotation: Any) -> type[Any]:
 
 def server_tables() -> Sequence[Table]:
     """Return the tables of a server's own file."""
-    return [table_of(LinkSettings, "link")]
+    return [table_of(LinkSettings, "link"), table_of(EnrolmentSettings, "enrolment")]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe, render
+from fedtune.deployment.enrolment import Place, serving
 from fedtune.deployment.link_events import on_event, refusal_of
 from fedtune.deployment.served_run import (
     AUDIT,
@@ -39,14 +40,14 @@ from fedtune.link.audit_log import AuditLog, RecordEvent, log_event, record_to_a
 from fedtune.link.pki.identity import Identity, current_dates, load_identity
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.provenance import Signer
-from fedtune.link.server.addresses import check_addresses
+from fedtune.link.server.addresses import LISTEN_HINT, check_address, check_addresses, check_free
 from fedtune.link.server.blocklist import Blocklist
 from fedtune.link.server.dispatcher import Dispatcher
 from fedtune.link.server.folding import FoldedEvents
 from fedtune.link.server.metrics import Metrics, serve_health
 from fedtune.link.server.run_info import RunInfo
 from fedtune.link.server.server import serve_link
-from fedtune.link.settings import LinkSettings
+from fedtune.link.settings import EnrolmentSettings, LinkSettings
 from fedtune.messages import Blueprint, DescendSeeds, Failure, ProbeSeeds, SumClasses, Task, TrainLora
 from fedtune.rounds.admission import largest_update
 from fedtune.runs.resume import as_started, check_resumable, write_options
@@ -70,6 +71,7 @@ def coordinate(
     resume: bool = False,
     fresh: bool = False,
     expect: int | None = None,
+    enrolment: EnrolmentSettings | None = None,
     options: Sequence[str] = (),
     record: RecordEvent,
     on_start: Callable[[int], None] = lambda port: None,
@@ -86,6 +88,7 @@ def coordinate(
         resume: whether the run has begun already.
         fresh: whether a new run lies beside `run` where that is taken.
         expect: clients that the first round waits for; None: its cohort, or all clients of the roster.
+        enrolment: how sites enrol over the network, and where requests for renewals are kept; None: they are refused.
         options: of the command line that say how to serve it, for the advice on how to resume it.
         record: receives the events, beside the audit log.
         on_start: called with the port when clients may dial.
@@ -99,6 +102,9 @@ def coordinate(
     roster = RosterFile(identity.folder / "roster", identity.root)
     # Before the run directory is written: a mistyped address leaves nothing behind.
     check_addresses(settings)
+    if enrolment is not None and enrolment.listen:
+        check_address(enrolment.listen, key="enrolment.listen")
+        check_free("enrolment.listen", enrolment.listen, LISTEN_HINT)
     if resume:
         recipe = as_started(run, recipe)
         check_resumable(run, recipe)
@@ -121,7 +127,11 @@ def coordinate(
         dispatcher.set_enrolled(partial(enrolled_clients, roster))
         record_all("enrolled", clients=" ".join(enrolled_clients(roster)))
         watch_health(stack, folder, dispatcher, roster, identity, metrics, record_all)
-        running = stack.enter_context(serve_link(dispatcher, identity, roster, record=record_all))
+        renew = None
+        if enrolment is not None:
+            place = Place(identity, enrolment, (root / enrolment.folder).resolve())
+            renew = stack.enter_context(serving(place, roster, record_all)).renew
+        running = stack.enter_context(serve_link(dispatcher, identity, roster, renew=renew, record=record_all))
         on_start(running.port)
         summary = complete_summary(run, recipe) if resume else None
         if summary is None:

@@ -18,6 +18,8 @@ TRANSIENT = frozenset(
         pb.ROSTER_OLD,
         pb.QUOTA,
         pb.OFFSET,
+        pb.QUEUE_FULL,
+        pb.RENEWAL_OFF,
     }
 )
 """After these the same bytes may be taken later; after any other they never will."""

@@ -83,6 +83,22 @@ class LinkSettings:
 
 
 @dataclass(frozen=True)
+class EnrolmentSettings:
+    """How sites enrol over the network with a one-time code; the table `enrolment` of the server's file."""
+
+    listen: str = ""
+    """Address and port of the service, such as "0.0.0.0:9001": another port than the link's. Empty: there is none."""
+    address: str = ""
+    """What sites dial, as the codes name it; a host of the server's certificate. Empty: the certificate's first host,
+    and the port of `listen`."""
+    folder: str = "enrolment"
+    """Folder of the open invitations and of the queue that goes to the CA; relative to the file's folder."""
+    calls_per_min: Annotated[int, Ge(6)] = 60
+    """Most calls from one address (IPv6: one /64) in a minute; further ones are refused until the minute is over. A
+    site that waits calls six times a minute."""
+
+
+@dataclass(frozen=True)
 class JoinSettings:
     """How a site reaches the server; the table `link` of a site's file."""
 

@@ -116,7 +116,7 @@ def test_a_site_without_a_server_that_is_terminated_ends_with_status_0(tmp_path:
     [
         ("fedtune.deployment.join.join", ["join", "site.toml"]),
         ("fedtune.deployment.coordinator.coordinate", ["serve", "recipe.toml"]),
-        ("fedtune.config.link.bind_link", ["serve", "recipe.toml"]),
+        ("fedtune.config.link.bind_server", ["serve", "recipe.toml"]),
         ("fedtune.cli.event_log.event_writer", ["join", "site.toml"]),
     ],
 )
@@ -126,8 +126,8 @@ def test_commands_over_a_network_end_with_status_0(
     def stopped(*args: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
 
-    if target != "fedtune.config.link.bind_link":
-        monkeypatch.setattr("fedtune.config.link.bind_link", lambda *args: (None, tmp_path))
+    if target != "fedtune.config.link.bind_server":
+        monkeypatch.setattr("fedtune.config.link.bind_server", lambda *args: (None, None, tmp_path))
     monkeypatch.setattr(
         "fedtune.deployment.server_setup.data_at_sites", lambda *args, **options: type("R", (), {"name": "x"})
     )

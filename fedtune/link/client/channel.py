@@ -40,6 +40,7 @@ class LinkStub:
     fetch: grpc.UnaryStreamMultiCallable[pb.FetchRequest, pb.Chunk]
     submit: grpc.UnaryUnaryMultiCallable[pb.SubmitRequest, pb.SubmitReply]
     push: grpc.StreamStreamMultiCallable[pb.PushPart, pb.PushAck]
+    renew: grpc.UnaryUnaryMultiCallable[pb.RenewRequest, pb.EnrolReply]
     close: Callable[[], None]
 
     def redial(self, newer: LinkStub) -> None:
@@ -61,6 +62,7 @@ def link_stub(channel: grpc.Channel) -> LinkStub:
         fetch=channel.unary_stream(f"{SERVICE}/Fetch", pb.FetchRequest.SerializeToString, pb.Chunk.FromString),
         submit=channel.unary_unary(f"{SERVICE}/Submit", pb.SubmitRequest.SerializeToString, pb.SubmitReply.FromString),
         push=channel.stream_stream(f"{SERVICE}/Push", pb.PushPart.SerializeToString, pb.PushAck.FromString),
+        renew=channel.unary_unary(f"{SERVICE}/Renew", pb.RenewRequest.SerializeToString, pb.EnrolReply.FromString),
         close=channel.close,
     )
 

@@ -22,6 +22,7 @@ from fedtune.link.client.device_watch import DeviceWatch
 from fedtune.link.client.downloads import Downloads
 from fedtune.link.client.jobs import Job, StoppedError, ThreadGuard
 from fedtune.link.client.policy import OrderCheck
+from fedtune.link.client.renewal import Renewal
 from fedtune.link.client.route import diagnose
 from fedtune.link.client.session import CALL_S, Greeting, Session
 from fedtune.link.client.socket_bytes import SocketMeter, dialled_port
@@ -101,6 +102,7 @@ class Client:
         self._session = Session(
             identity, roster, self._calls, self._backoff, record=record, now=now, clock=clock, redial=self._redial
         )
+        self._renewal = Renewal(identity, self._calls, record=record, clock=clock, now=now)
         self._work = TrainingJobs(
             self._session,
             Downloads(self._calls, self._backoff, self._down, record=record),
@@ -192,6 +194,8 @@ class Client:
                 if self._clock() - warned.get(text, float("-inf")) >= DAY_S:
                     warned[text] = self._clock()
                     self._record("warning", text=text)
+            if self._session.greeting is not None:
+                self._renewal.look()
             fault, renewed = self._session.server_fault(), renewed_identity(self._identity)
             if fault or renewed is not None:
                 self._identity = renewed or self._identity

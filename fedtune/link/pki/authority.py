@@ -16,6 +16,7 @@ from fedtune.link.pki.identity import parse_root_key, read_secret
 from fedtune.link.pki.roster import NAME, Party, Roster
 from fedtune.link.pki.signing import public_bytes
 from fedtune.store.files import store_errors, write_bytes
+from fedtune.store.lock import lock_run
 
 CA_KEY, CA, ROSTER_KEY, ROSTER_PUB, ROSTER = "ca.key", "ca.crt", "roster.key", "roster.pub", "roster"
 # The longest time for which a server that gets no newer roster still takes a party that was revoked.
@@ -76,8 +77,15 @@ def sign_request(folder: Path, request: bytes, *, days: int = 90, replace: bool 
     Raises:
         WireError: if the request is malformed or its signatures do not hold.
         ConfigError: if it must not be signed, with the reason.
+        StoreError: if another process changes this CA now.
     """
     applicant = read_request(request)
+    with changing(folder):
+        return sign_applicant(folder, applicant, days=days, replace=replace, now=now)
+
+
+def sign_applicant(folder: Path, applicant: Request, *, days: int, replace: bool, now: int) -> bytes:
+    """Enrol a party whose request has been verified; see `sign_request`."""
     before = current_roster(folder)
     old = before.parties.get(applicant.name)
     if old is not None and not replace and (problem := renewal_fault(old, applicant)):
@@ -137,20 +145,35 @@ def revoke(folder: Path, name: str, *, now: int) -> Roster:
     Raises:
         ConfigError: if there is no such party.
     """
-    before = current_roster(folder)
-    if name not in before.parties:
-        known: Sequence[str] = sorted(before.parties)
-        raise ConfigError(Fault("name", f"a party ({', '.join(known) or 'there is none yet'})", repr(name)))
-    # Revoked, and not removed: its key must not come back under another name.
-    revoked = dataclasses.replace(before.parties[name], state="revoked", serials=())
-    sign_next_version(folder, dataclasses.replace(before, parties={**before.parties, name: revoked}), now=now)
-    return current_roster(folder)
+    with changing(folder):
+        before = current_roster(folder)
+        if name not in before.parties:
+            known: Sequence[str] = sorted(before.parties)
+            raise ConfigError(Fault("name", f"a party ({', '.join(known) or 'there is none yet'})", repr(name)))
+        # Revoked, and not removed: its key must not come back under another name.
+        revoked = dataclasses.replace(before.parties[name], state="revoked", serials=())
+        sign_next_version(folder, dataclasses.replace(before, parties={**before.parties, name: revoked}), now=now)
+        return current_roster(folder)
 
 
 def renew(folder: Path, *, days: int = ROSTER_DAYS, now: int) -> Roster:
     """Sign the roster again, valid for so many days from now."""
-    sign_next_version(folder, current_roster(folder), days=days, now=now)
-    return current_roster(folder)
+    with changing(folder):
+        sign_next_version(folder, current_roster(folder), days=days, now=now)
+        return current_roster(folder)
+
+
+@contextmanager
+def changing(folder: Path) -> Iterator[None]:
+    """Keep others from changing a CA meanwhile: two rosters of one version would differ, and be refused.
+
+    Raises:
+        ConfigError: if the folder is no CA.
+        StoreError: if another process changes it now.
+    """
+    read_ca_file(folder / ROSTER)
+    with lock_run(folder):
+        yield
 
 
 def sign_next_version(folder: Path, changed: Roster, *, days: int = ROSTER_DAYS, now: int) -> bytes:

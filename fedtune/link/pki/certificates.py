@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -218,6 +219,22 @@ def spiffe_parts(pem: bytes) -> tuple[str, str, str]:
     if len(parts) != 3 or not all(parts):
         raise ValueError(f"expected one name {SCHEME}FEDERATION/ORG/NAME; got {[uri[:100] for uri in uris[:2]]}")
     return parts[0], parts[1], parts[2]
+
+
+@parse_errors_as_value_errors()
+def hosts_of(pem: bytes) -> tuple[str, ...]:
+    """Return the names and addresses of a server's certificate; none of another one."""
+    try:
+        names = x509.load_pem_x509_certificate(pem).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except x509.ExtensionNotFound:
+        return ()
+    return tuple(str(name.value) for name in names.value if isinstance(name, x509.DNSName | x509.IPAddress))
+
+
+@parse_errors_as_value_errors()
+def key_digest(pem: bytes) -> str:
+    """Return the SHA-256 (hex) of the public key of a certificate."""
+    return sha256(public_der(x509.load_pem_x509_certificate(pem).public_key())).hexdigest()
 
 
 @parse_errors_as_value_errors()

@@ -1,4 +1,4 @@
-"""A request or a bundle as one line of text that can be pasted through a chat program or a mail."""
+"""A request, a bundle or an invitation as one line of text that can be pasted through a chat program or a mail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 from fedtune.errors import Fault, WireError
 from fedtune.link.pki.enrollment import read_received
 
-Kind: TypeAlias = Literal["request", "bundle"]
+Kind: TypeAlias = Literal["request", "bundle", "invitation"]
 
 DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 """Letters and digits alone: chat programs turn what stands between marks into italics, and two hyphens into a dash."""
@@ -34,7 +34,7 @@ MAX_TEXT = 2 * MAX_BYTES
 
 # Chat programs and mails put breaks, quote marks and invisible characters between the letters of a line.
 NOISE = re.compile(r"[\s>|`*\u00ad\u200b-\u200f\u2028-\u202f\u2060-\u2069\ufeff]+")
-START = re.compile(r"fedtune\.(request|bundle)\.(\d{1,6})\.([0-9A-Za-z]*)(?:\.([0-9A-Za-z]*))?")
+START = re.compile(r"fedtune\.(request|bundle|invitation)\.(\d{1,6})\.([0-9A-Za-z]*)(?:\.([0-9A-Za-z]*))?")
 
 
 def encode(kind: Kind, data: bytes) -> str:
@@ -64,6 +64,7 @@ def decode(kind: Kind, text: str) -> bytes:
         places = {
             "bundle": "a bundle goes to the device: fedtune-edge enroll CODE, or fedtune enroll accept",
             "request": "a request goes to the operator: fedtune enroll sign CODE",
+            "invitation": "an invitation goes to the site: fedtune enroll --code CODE, or fedtune-edge enroll CODE",
         }
         raise _fault(kind, f"that of a {found_kind}", places[found_kind])
     # What follows the check, such as the next line of the message, has run into it with the spaces gone.

@@ -24,7 +24,7 @@ def check_addresses(settings: LinkSettings) -> None:
         check_free("link.health", settings.health, HEALTH_HINT)
 
 
-def check_address(address: str) -> None:
+def check_address(address: str, *, key: str = "link.listen") -> None:
     """Check the form of an address: of a port above 65535 gRPC takes the lowest 16 bits.
 
     Raises:
@@ -32,7 +32,7 @@ def check_address(address: str) -> None:
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > LARGEST_PORT:
-        raise ConfigError(Fault("link.listen", f"HOST:PORT, a port of at most {LARGEST_PORT}", repr(address)))
+        raise ConfigError(Fault(key, f"HOST:PORT, a port of at most {LARGEST_PORT}", repr(address)))
 
 
 def check_free(key: str, address: str, hint: str) -> None:

@@ -21,7 +21,7 @@ from fedtune.link.pki.roster import RosterFile
 from fedtune.link.server.addresses import LISTEN_HINT, check_address
 from fedtune.link.server.connections import connection_limit
 from fedtune.link.server.dispatcher import Dispatcher
-from fedtune.link.server.service import Service, rpc_handlers
+from fedtune.link.server.service import Renew, Service, rpc_handlers
 from fedtune.link.settings import MIB, LinkSettings
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -56,13 +56,18 @@ def server_options(settings: LinkSettings, *, parties: int) -> list[tuple[str, i
     ]
 
 
-def server_credentials(identity: Identity) -> grpc.ServerCredentials:
-    """Return the server's half of mutual TLS; a renewed certificate in the folder serves the next connection."""
+def server_credentials(identity: Identity, *, clients: bool = True) -> grpc.ServerCredentials:
+    """Return the server's half of TLS; a renewed certificate in the folder serves the next connection.
+
+    Args:
+        identity: of the server.
+        clients: whether clients must have a certificate of the federation, too.
+    """
     folder: Path = identity.folder
 
     def configuration() -> grpc.ServerCertificateConfiguration:
         pair = ((folder / "tls.key").read_bytes(), (folder / "tls.crt").read_bytes())
-        return grpc.ssl_server_certificate_configuration([pair], root_certificates=identity.ca)
+        return grpc.ssl_server_certificate_configuration([pair], root_certificates=identity.ca if clients else None)
 
     loaded_at = (folder / "tls.crt").stat().st_mtime_ns
 
@@ -79,7 +84,7 @@ def server_credentials(identity: Identity) -> grpc.ServerCredentials:
         loaded_at = changed_at
         return renewed
 
-    return grpc.dynamic_ssl_server_credentials(configuration(), reload, require_client_authentication=True)
+    return grpc.dynamic_ssl_server_credentials(configuration(), reload, require_client_authentication=clients)
 
 
 class RunningServer:
@@ -113,6 +118,7 @@ def serve_link(
     identity: Identity,
     roster: RosterFile,
     *,
+    renew: Renew | None = None,
     record: RecordEvent = ignore_event,
     now: Callable[[], float] = time.time,
 ) -> Iterator[RunningServer]:
@@ -125,7 +131,7 @@ def serve_link(
 
     async def run() -> None:
         try:
-            running = await start_server(dispatcher, identity, roster, record=record, now=now)
+            running = await start_server(dispatcher, identity, roster, renew=renew, record=record, now=now)
         except ConfigError as error:
             started.set_exception(error)
             return
@@ -162,7 +168,13 @@ def check_cipher_suites(set_in_time: bool) -> None:
 
 
 async def start_server(
-    dispatcher: Dispatcher, identity: Identity, roster: RosterFile, *, record: RecordEvent, now: Callable[[], float]
+    dispatcher: Dispatcher,
+    identity: Identity,
+    roster: RosterFile,
+    *,
+    renew: Renew | None,
+    record: RecordEvent,
+    now: Callable[[], float],
 ) -> RunningServer:
     """Start the gRPC server in the running loop.
 
@@ -176,6 +188,7 @@ async def start_server(
         roster,
         epoch=dispatcher.epoch,
         certificate=(identity.folder / "tls.crt").read_bytes,
+        renew=renew,
         record=record,
         now=now,
     )

@@ -1,4 +1,4 @@
-"""The five calls of the link: the caller is checked first, then the request, and only then bytes are read."""
+"""The six calls of the link: the caller is checked first, then the request, and only then bytes are read."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from fedtune.link.settings import KIB, MIB
 from fedtune.wire.v1 import link_pb2 as pb
 
 FetchContext: TypeAlias = "grpc.aio.ServicerContext[pb.FetchRequest, pb.Chunk]"
+Renew: TypeAlias = Callable[[Party, pb.RenewRequest], pb.EnrolReply]
 Reply = TypeVar("Reply")
 RECEIPT_WAIT_S = 20.0
 """How long a Submit is held for its receipt; below the idle limits of common proxies."""
@@ -52,6 +53,7 @@ class Service:
         *,
         epoch: int,
         certificate: Callable[[], bytes] = lambda: b"",
+        renew: Renew | None = None,
         record: RecordEvent = ignore_event,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
@@ -63,12 +65,13 @@ class Service:
             roster: parties and their keys; read again when its file changes.
             epoch: random number of this process, by which clients notice a restart.
             certificate: returns the server's certificate (PEM), which may be renewed meanwhile.
+            renew: takes the request of a client for a further certificate; None: such requests are refused.
             record: receives the events.
             clock: seconds from any start.
             now: seconds since 1970.
         """
         self._dispatcher, self._roster, self._epoch, self._record = dispatcher, roster, epoch, record
-        self._certificate, self._clock, self._now = certificate, clock, now
+        self._certificate, self._renew, self._clock, self._now = certificate, renew, clock, now
         settings = dispatcher.settings
         self._limits = pb.Limits(
             part_bytes=settings.part_kib * KIB,
@@ -221,6 +224,20 @@ class Service:
             if call is not None:
                 self._open.finish(call)
 
+    async def renew(self, request: pb.RenewRequest, context: CallContext) -> pb.EnrolReply:
+        try:
+            party = await self._authenticate(context, hello=True)
+            if self._renew is None:
+                raise rejection(pb.RENEWAL_OFF, "request", "a server that takes such requests", "another")
+        except RejectionError as error:
+            return pb.EnrolReply(refusal=self._refusal(context, error))
+        # Signatures and files: in the loop they would delay the calls of all clients.
+        loop, renew = asyncio.get_running_loop(), partial(self._renew, party, request)
+        reply = await loop.run_in_executor(self._disk, renew)
+        if reply.refusal.reason and not reply.refusal.passing:
+            self._quota.count(party.name, "refusals")
+        return reply
+
     # ---- shared by the calls ----
 
     def close(self) -> None:
@@ -365,6 +382,7 @@ def rpc_handlers(service: Service) -> grpc.GenericRpcHandler:
             service.fetch, pb.FetchRequest.FromString, pb.Chunk.SerializeToString
         ),
         "Submit": unary(service.submit, pb.SubmitRequest.FromString, pb.SubmitReply.SerializeToString),
+        "Renew": unary(service.renew, pb.RenewRequest.FromString, pb.EnrolReply.SerializeToString),
         "Push": upload(service.push, pb.PushPart.FromString, pb.PushAck.SerializeToString),
     }
     return grpc.method_handlers_generic_handler("fedtune.v1.Link", handlers)

@@ -4,7 +4,15 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.errors import WireError
-from fedtune.link.pki.dsse import MAX_BYTES, canonical_json, decode_base64, make_dsse, parse_dsse, parse_json, verify_dsse
+from fedtune.link.pki.dsse import (
+    MAX_BYTES,
+    canonical_json,
+    decode_base64,
+    make_dsse,
+    parse_dsse,
+    parse_json,
+    verify_dsse,
+)
 from fedtune.link.pki.signing import public_bytes
 
 KEY, OTHER = Ed25519PrivateKey.from_private_bytes(bytes(32)), Ed25519PrivateKey.from_private_bytes(b"\1" * 32)

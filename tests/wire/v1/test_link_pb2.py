@@ -6,7 +6,7 @@ from fedtune.link.rejections import ADVICE, FATAL, TRANSIENT
 from fedtune.wire.v1 import link_pb2 as pb
 
 
-def test_the_service_has_five_calls() -> None:
+def test_the_services_have_these_calls() -> None:
     methods = pb.DESCRIPTOR.services_by_name["Link"].methods
     shapes = {one.name: (one.client_streaming, one.server_streaming) for one in methods}
     assert shapes == {
@@ -15,7 +15,9 @@ def test_the_service_has_five_calls() -> None:
         "Fetch": (False, True),
         "Submit": (False, False),
         "Push": (True, True),
+        "Renew": (False, False),
     }
+    assert [one.name for one in pb.DESCRIPTOR.services_by_name["Enrolment"].methods] == ["Enrol"]
 
 
 def test_no_reason_is_both_passing_and_fatal_and_advice_is_given_for_what_somebody_must_mend() -> None:
