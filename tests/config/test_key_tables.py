@@ -25,4 +25,4 @@ def test_a_site_has_its_own_keys() -> None:
     keys = {key.name for table in site_tables() for key in table.keys}
     assert {"name", "seed", "model.base", "policy.max_steps", "data.source", "link.server"} <= keys | {"link.server"}
     assert "rounds.count" not in keys
-    assert {key.name.split(".")[0] for table in server_tables() for key in table.keys} == {"link"}
+    assert {key.name.split(".")[0] for table in server_tables() for key in table.keys} == {"link", "enrolment"}

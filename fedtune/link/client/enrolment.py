@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 
 from fedtune.errors import ConfigError, Fault, FedtuneError, TemporaryError, WireError
-from fedtune.link.client.channel import TRANSIENT_STATUS
+from fedtune.link.client.channel import SPARED_HOSTS, TRANSIENT_STATUS
+from fedtune.link.client.route import walk
 from fedtune.link.pki import enrollment
 from fedtune.link.pki.certificates import csr_key, load_signing_key, load_tls_key
 from fedtune.link.pki.identity import SIGN_KEY, TLS_KEY, Identity, read_secret
 from fedtune.link.pki.invitations import Code
 from fedtune.link.pki.signing import fingerprint, public_bytes
 from fedtune.link.rejections import describe, one_line
-from fedtune.link.settings import KIB
+from fedtune.link.settings import KIB, JoinSettings
 from fedtune.store.files import write_bytes
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -55,6 +57,9 @@ def own_request(folder: Path, *, name: str, org: str) -> bytes:
 
 def enrolment_channel(code: Code, proxy: str = "") -> grpc.Channel:
     """Return a channel to the service of a code; it trusts servers of the code's own CA alone."""
+    if proxy:
+        # gRPC would go past it for the hosts of `no_proxy`, without a word.
+        os.environ[SPARED_HOSTS] = ""
     options: list[tuple[str, int | str]] = [
         ("grpc.max_receive_message_length", enrollment.MAX_BUNDLE_BYTES + KIB),
         ("grpc.enable_retries", 0),
@@ -112,7 +117,7 @@ def enrol(
             try:
                 reply = call_once(code, request, channel)
             except grpc.RpcError as error:
-                reason = describe_failure(code, error)
+                reason = describe_failure(code, error, proxy)
                 # A service that has answered before is restarted, and the request is safe in its queue.
                 if not waiting:
                     raise reason from None
@@ -148,7 +153,7 @@ def check_vacant(folder: Path, code: Code) -> None:
         raise ConfigError(Fault("code", f"the federation that {folder} is enrolled in", "a code of another", hint))
 
 
-def describe_failure(code: Code, error: grpc.RpcError) -> ConfigError:
+def describe_failure(code: Code, error: grpc.RpcError, proxy: str) -> ConfigError:
     """Return why a call has failed, in words."""
     status, details = error.code(), one_line(error.details() or "")
     if status not in TRANSIENT_STATUS:
@@ -157,7 +162,9 @@ def describe_failure(code: Code, error: grpc.RpcError) -> ConfigError:
     if "CERTIFICATE_VERIFY_FAILED" in details:
         got, hint = f"{code.address} shows another certificate", "something between may open TLS: ask the network team"
         return ConfigError(Fault("code", "the server of this code's federation", got, hint))
-    got, hint = f"no answer from {code.address} ({details})", "run the same command again later, or give --proxy"
+    steps = walk(None, JoinSettings(code.address, proxy=proxy))
+    reason = next((step.text for step in steps if not step.ok), details)
+    got, hint = f"no answer from {code.address}: {reason}", "then run the same command again"
     return TemporaryError(Fault("code", "the coordinator's enrolment service", got, hint))
 
 
