@@ -16,7 +16,7 @@ from fedtune.config.plugins import find_method, method_names
 from fedtune.config.reading import read
 from fedtune.config.recipe import Objects
 from fedtune.data.given import given_rows
-from fedtune.errors import ConfigError, Fault, RoundError, StoreError, type_of
+from fedtune.errors import ConfigError, ExtraError, Fault, RoundError, StoreError, type_of
 from fedtune.methods.method import GlobalModel, Method
 from fedtune.planning.planner import Planner, PlannerInputs
 from fedtune.rounds.events import Note, Phase, Watch
@@ -72,8 +72,15 @@ class Run:
         return [round_row(record) for record in read_rounds(self.path)]
 
     def to_pandas(self) -> Any:
-        """Return `rounds` as a `pandas.DataFrame`."""
-        import pandas as pd
+        """Return `rounds` as a `pandas.DataFrame`.
+
+        Raises:
+            ExtraError: if pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ModuleNotFoundError:
+            raise ExtraError('expected the package pandas; got none; run pip install "fedtune[data]"') from None
 
         return pd.DataFrame(self.rounds).set_index("round")
 

@@ -123,7 +123,8 @@ def run_core(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_each_extra_is_hidden_here_and_the_core_is_not() -> None:
     """Else the tests below would show nothing."""
     hidden = hidden_modules()
-    assert {"flwr", "ray", "prometheus_client", "numba", "optuna", "onnx", "tensorboard"} <= hidden
+    optional = {"flwr", "ray", "prometheus_client", "matplotlib", "datasets", "pyarrow", "numba", "optuna", "onnx"}
+    assert optional | {"sklearn", "rouge_score", "tensorboard"} <= hidden
     assert not {"torch", "transformers", "peft", "grpc", "cryptography", "typer", "pydantic"} & hidden
 
 
@@ -153,7 +154,12 @@ def test_a_simulation_runs_with_the_core_alone(tiny_recipe: Mapping[str, Any], t
     (tmp_path / "tiny.toml").write_text(render(bind(dict(tiny_recipe))))
     done = run_core("simulate", "tiny.toml", "--out", "run", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["state"] == "finished"
+    result = json.loads(done.stdout)
+    assert result["state"] == "finished"
+    assert 'run pip install "fedtune[report]"' in run_core("report", "run", cwd=tmp_path).stderr
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "run pip install &#34;fedtune[report]&#34;" in page
+    assert ("Losses by round" in page, "<svg" in page) == (True, False)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ def environment(name: str, folder: Path) -> Path:
         pip = (python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
         run(*pip, "--no-deps", "--require-hashes", *(word for path in locks for word in ("-r", path)))
         if name == "fedtune-client":
-            run(*pip, f"torch=={os.environ.get('TORCH', '2.13.0')}", ROOT)
+            # With what reads Parquet: there is no pip at the site to add it.
+            run(*pip, f"torch=={os.environ.get('TORCH', '2.13.0')}", f"{ROOT}[data]")
         stamp.write_text(mark)
     shutil.rmtree(folder / "wheel", ignore_errors=True)
     run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder / "wheel")

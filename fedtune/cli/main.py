@@ -249,6 +249,7 @@ def report(
         from fedtune import api
 
         typer.echo(api.report(run, tensorboard=tensorboard))
+        say_if_no_pictures()
 
 
 @app.command(
@@ -361,6 +362,8 @@ def finish(run: Run, as_json: bool, quiet: bool) -> None:
         if drawn:
             typer.echo("drawing the report ...", err=True)
         show_paths(out, adapter=run.adapter, report=run.report if drawn else None)
+        if drawn:
+            say_if_no_pictures()
         return
     report = run.report if drawn else run.path / "report.html"
     if as_json:
@@ -368,6 +371,14 @@ def finish(run: Run, as_json: bool, quiet: bool) -> None:
         typer.echo(json.dumps({**run.summary, **paths}))
     else:
         typer.echo(run.path)
+
+
+def say_if_no_pictures() -> None:
+    """Say beside the path of a page that it has none, and what brings them."""
+    from fedtune.report.drawing import WITHOUT_PICTURES, can_draw
+
+    if not can_draw():
+        typer.echo(WITHOUT_PICTURES, err=True)
 
 
 def settings_for_libraries() -> Mapping[str, str]:

@@ -161,7 +161,7 @@ def _parquet(path: Path, key: str) -> Table:
 
 def without_package(package: str, reads: str, got: str) -> ExtraError:
     """Return the error of rows that need a package which the small file of the edge client leaves out."""
-    hint = "save the rows as JSON lines, or install it"
+    hint = 'save the rows as JSON lines, or run pip install "fedtune[data]"'
     return ExtraError(f"data: expected the package {package}, which reads {reads}; got {got} and no {package}; {hint}")
 
 

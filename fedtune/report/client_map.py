@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 
 from fedtune.report.curves import (
     Floats,
@@ -22,6 +17,11 @@ from fedtune.report.curves import (
 from fedtune.report.drawing import CELL_INK, CELL_PAPER, INK, PAPER, label, new_figure, styled, tip
 from fedtune.report.reader import Run, finite
 from fedtune.rounds.record import ClientRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 UNKNOWN = "used, loss unknown"
 MARKS = {"failed": "x", "refused": "o", "late": "^", "unfit": "s", UNKNOWN: "."}
@@ -35,6 +35,9 @@ MOST_CELLS = 600
 @styled
 def client_map(run: Run) -> Figure | None:
     """Draw clients by rounds: how much the loss on the same rows fell, and who failed, was refused or was absent."""
+    from matplotlib import colormaps
+    from matplotlib.colors import Normalize
+
     names, rounds = client_names(run), training_rounds(run)
     if not names or not rounds:
         return None
@@ -81,6 +84,8 @@ def state(client: ClientRecord) -> str:
 
 
 def map_legend(run: Run, *, worse: bool) -> list[Line2D]:
+    from matplotlib.lines import Line2D
+
     rounds = training_rounds(run)
     marks = [
         *(
@@ -116,6 +121,8 @@ def _map_marks(axes: Axes, run: Run, names: Sequence[str], row_height: float) ->
 
 def _map_tips(axes: Axes, run: Run, names: Sequence[str], table: Floats) -> None:
     """Have a page show client, round and gain of a cell, or why there is none."""
+    from matplotlib.patches import Rectangle
+
     if table.size > MOST_CELLS:
         return
     for (row, column), gain in np.ndenumerate(table):

@@ -14,7 +14,7 @@ from fedtune.errors import ConfigError, Fault
 from fedtune.report.comparison_curves import curves, deployed_loss, numbers, shared_loss
 from fedtune.report.curves import Floats, LossCurve, evaluations, last, loss_curve, loss_unit
 from fedtune.report.differences import differences, settings_table, warnings
-from fedtune.report.drawing import png, svg
+from fedtune.report.drawing import can_draw, png, svg
 from fedtune.report.planner_choices import idle
 from fedtune.report.protocol_tables import percent, protocol_tables, ratio_text, short, spread_text
 from fedtune.report.protocols import Protocols, ProtocolSettings, protocols
@@ -133,10 +133,12 @@ def write_comparison(runs: Sequence[Path], out: Path, settings: ProtocolSettings
         "deployed": deployed_loss(comparison.groups),
     }.items():
         if lines:
-            figure = curves(title, lines, unit)
-            (out / f"{name}.png").write_bytes(png(figure))
             heading = f"{title[0].upper()}{title[1:]} by round, traffic and time"
-            drawing = svg(figure, name=name, title=heading)
+            drawing = ""
+            if can_draw():
+                figure = curves(title, lines, unit)
+                (out / f"{name}.png").write_bytes(png(figure))
+                drawing = svg(figure, name=name, title=heading)
             caption = "One line per recipe; the band spans its seeds."
             cards.append(Card(name, heading, caption, drawing, numbers(title, lines)))
     target = out / "comparison.html"

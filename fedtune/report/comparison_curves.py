@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from fedtune.report.curves import Floats, LossCurve, loss_curve
 from fedtune.report.drawing import label, line_style, new_figure, styled
@@ -15,6 +14,10 @@ from fedtune.report.plots import Against, axis_unit
 from fedtune.report.reader import Run
 from fedtune.report.rendering import Table
 from fedtune.report.units import bytes_text, number_text, seconds_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from fedtune.report.curves import training_rounds
 from fedtune.report.drawing import COLOURS, PAPER, label, new_figure, styled, tip
@@ -15,6 +15,9 @@ from fedtune.report.reader import Run
 from fedtune.report.rendering import Table
 from fedtune.report.units import bytes_text, seconds_text, seconds_unit
 from fedtune.rounds.record import ClientRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PARTS = ("down", "compute", "up", "transfer", "rest")
 """Parts of a client's round, in the order in which they pass; transfer is both ways where these are not known apart."""

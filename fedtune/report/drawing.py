@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from matplotlib import rc_context
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 INK, MUTED, GRID, PAPER, FAINT = "#1d2b33", "#55656f", "#e1e7ea", "#ffffff", "#9db4c4"
 CELL_INK, CELL_PAPER = "#1d2b32", "#fffffe"
@@ -71,17 +73,42 @@ STYLE: Any = {
     "savefig.dpi": 160,
 }
 
-styled = rc_context(STYLE)
-"""Decorator of every function that draws: the style holds inside it and nowhere else."""
+
+WITHOUT_PICTURES = (
+    'no pictures: they need the package matplotlib; run pip install "fedtune[report]", then fedtune report RUN'
+)
+"""Said where a page is written without them: its numbers stand in tables."""
+
+
+def can_draw() -> bool:
+    """Return whether matplotlib is installed: a site needs none, and its pages are tables."""
+    return find_spec("matplotlib") is not None
+
+
+def styled(draw: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function that draws: the style holds inside it and nowhere else."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> T:
+        from matplotlib import rc_context
+
+        with rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
 
 
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure, in inches, whose layout keeps labels from overlapping."""
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def whole_rounds(axes: Axes) -> None:
     """Mark the horizontal axis in whole rounds."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
     axes.set_xlabel("round")
 
@@ -104,11 +131,15 @@ def label(name: str, width: int = 22) -> str:
 
 @functools.cache
 def _drawable(char: str) -> bool:
+    from matplotlib.font_manager import findfont, get_font
+
     return char.isprintable() and get_font(findfont("DejaVu Sans")).get_char_index(ord(char)) != 0
 
 
 def _fix_layout(figure: Figure) -> None:
     """Lay a figure out once, so that its PNG and its SVG agree and the second one costs no layout."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
         figure.draw_without_rendering()
         figure.set_layout_engine("none")

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from fedtune.report import tables
 from fedtune.report.curves import (
@@ -21,14 +21,17 @@ from fedtune.report.curves import (
     training_rounds,
 )
 from fedtune.report.device_times import planned_table, times_table
-from fedtune.report.drawing import png, svg
+from fedtune.report.drawing import WITHOUT_PICTURES, can_draw, png, svg
 from fedtune.report.headline import adapter_rank, headline
-from fedtune.report.planner_choices import choices_table, devices_table, idle
+from fedtune.report.planner_choices import choices_table, devices_table, has_choices, idle
 from fedtune.report.plots import PLOTS
 from fedtune.report.reader import Run, Sample, Scores, finite, read_run
 from fedtune.report.rendering import Card, Table, render, replace_text
 from fedtune.report.units import bytes_text, number_text, seconds_text
 from fedtune.rounds.record import ModuleRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CAPTIONS: Mapping[str, tuple[str, str, Callable[[Run], Table | None]]] = {
     "loss-by-round": ("Loss by round", "The global model after each round; round 0 is the base.", tables.losses),
@@ -84,12 +87,15 @@ class Uploads:
 def write_report(run: Path, *, pictures: bool = True) -> Path:
     """Write report.html, and with pictures plots/*.png, into a run directory and return the page's path.
 
+    Without matplotlib the page has the numbers of its figures in their place.
+
     Raises:
         StoreError: if the directory cannot be read.
     """
     content = read_run(run)
-    figures = {name: figure for name, draw in PLOTS.items() if (figure := draw(content)) is not None}
-    if pictures:
+    drawn = PLOTS if can_draw() else {}
+    figures = {name: figure for name, draw in drawn.items() if (figure := draw(content)) is not None}
+    if pictures and drawn:
         write_pictures(run / "plots", figures)
     target = run / "report.html"
     replace_text(target, report_page(content, figures))
@@ -120,7 +126,8 @@ def report_page(run: Run, figures: Mapping[str, Figure]) -> str:
         place=run.path.name if run.path.is_absolute() else run.path,
         facts=facts(run),
         tiles=tiles(run),
-        cards={name: card(run, name, figure) for name, figure in figures.items()},
+        cards={name: card(run, name, figure) for name, figure in figures.items()} if can_draw() else table_cards(run),
+        without_pictures="" if can_draw() else WITHOUT_PICTURES,
         scores=tables.scores(run) if before != after or before.test else None,
         stalled=stall_text(run),
         totals=tables.clients(run),
@@ -147,6 +154,17 @@ def samples(run: Run) -> Sequence[Sample]:
 def card(run: Run, name: str, figure: Figure) -> Card:
     title, caption, numbers = CAPTIONS[name]
     return Card(name, title, caption, svg(figure, name=name, title=title), numbers(run))
+
+
+def table_cards(run: Run) -> Mapping[str, Card]:
+    """Return the numbers of the figures that would have some, each table once, for a page without pictures."""
+    cards, shown = dict[str, Card](), set[Callable[[Run], Table | None]]()
+    for name, (title, caption, numbers) in CAPTIONS.items():
+        known = numbers not in shown and (numbers is not choices_table or has_choices(run))
+        if known and (table := numbers(run)) is not None and table.rows:
+            shown.add(numbers)
+            cards[name] = Card(name, "Losses by round" if numbers is tables.losses else title, caption, "", table)
+    return cards
 
 
 def facts(run: Run) -> list[tuple[str, str]]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedtune.planning.floor import FREE_ROUNDS
 from fedtune.pruning.ranking import PruningSettings
@@ -19,6 +17,10 @@ from fedtune.report.reader import Run
 from fedtune.report.rendering import Table
 from fedtune.report.units import number_text, seconds_text
 from fedtune.rounds.record import ClientRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ALL_CLIENTS = "all clients"
 MOST_KINDS = 8
@@ -89,6 +91,8 @@ def chosen(run: Run) -> Mapping[str, Mapping[str, Sequence[tuple[int, str, float
 @styled
 def choices(run: Run) -> Figure | None:
     """Draw what was chosen over the rounds: a dot per client, in the colour of its kind of device."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     if not has_choices(run) or not (panels := chosen(run)):
         return None
     columns = min(3, len(panels))

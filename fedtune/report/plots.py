@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fedtune.report.client_map import client_map
 from fedtune.report.curves import (
@@ -41,7 +36,11 @@ from fedtune.report.planner_choices import choices
 from fedtune.report.reader import Run, finite
 from fedtune.report.units import bytes_text, bytes_unit, number_text, seconds_unit
 
-Against = Literal["rounds", "bytes", "seconds", "clock"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Against: TypeAlias = Literal["rounds", "bytes", "seconds", "clock"]
 
 
 @styled
@@ -114,6 +113,8 @@ def _line(axes: Axes, x: Floats, y: Floats, text: str, **style: object) -> None:
 @styled
 def traffic(run: Run) -> Figure | None:
     """Draw bytes up (above the axis) and down (below it) per round, and both summed from the start."""
+    from matplotlib.ticker import FuncFormatter
+
     rounds = training_rounds(run)
     up = np.array([float(record.bytes_up) for record in rounds])
     down = np.array([float(record.bytes_down) for record in rounds])
@@ -150,6 +151,8 @@ def traffic(run: Run) -> Figure | None:
 @styled
 def ranks(run: Run) -> Figure | None:
     """Draw the rank of the global change and the share of its energy left after cuts, per kind of module."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     rounds = [record for record in run.rounds if record.modules]
     if not rounds:
         return None
@@ -200,6 +203,10 @@ def _group_bands(
 @styled
 def spectrum(run: Run) -> Figure | None:
     """Draw the singular values of the last round's global change, one panel per kind, one line per module."""
+    from matplotlib import colormaps
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
     record = next((record for record in reversed(run.rounds) if record.modules), None)
     values = {name: np.array(module.singular_values) for name, module in record.modules.items()} if record else {}
     values = {name: line[line > 0] for name, line in values.items() if (line > 0).any()}

@@ -32,7 +32,7 @@ class Card:
     title: str
     caption: str
     svg: str
-    """Not escaped in the page: only `drawing.svg` may make it."""
+    """Not escaped in the page: only `drawing.svg` may make it. Empty without matplotlib: the numbers stand alone."""
     numbers: Table | None
 
 

@@ -6,13 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from fedtune.report.drawing import COLOURS, MARKERS, new_figure, png, styled, svg, tips
+from fedtune.report.drawing import COLOURS, MARKERS, can_draw, new_figure, png, styled, svg, tips
 from fedtune.report.plots import axis_unit
 from fedtune.report.rendering import Card, Table, render, replace_text
 from fedtune.report.units import NOTHING, bytes_text, number_text, seconds_text
@@ -20,6 +18,10 @@ from fedtune.rounds.scores import LOWER_IS_BETTER
 from fedtune.search.settings import Value
 from fedtune.search.steps import Cost, Result, Search, best_result
 from fedtune.store.typed_json import nan_to_null
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 VERSION = 1
 """Of search.json."""
@@ -184,7 +186,7 @@ def write_search(folder: Path, content: Mapping[str, Any]) -> Path:
     """Write search.json, search.png and search.html into a search's folder, and return the page's path."""
     replace_text(folder / "search.json", json.dumps(nan_to_null(content), indent=1) + "\n")
     cards = []
-    if any(point["score"] is not None for point in content["curve"]):
+    if can_draw() and any(point["score"] is not None for point in content["curve"]):
         figure = picture(content)
         (folder / "search.png").write_bytes(png(figure))
         heading = "Scores by what the search had spent"

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedtune.model.batches import collate
-from fedtune.model.evaluate import evaluate, rouge_l
+from fedtune.model.evaluate import evaluate, macro_f1, rouge_l
 from fedtune.model.samples import Prompt, answers
 from fedtune.seeds import derive, generator
 
@@ -98,3 +100,24 @@ def test_rouge_l_is_lins_f1_of_fifty_fixed_pairs() -> None:
     assert rouge_l("The DOG runs.", "the dog runs") == 1
     assert rouge_l("the dogs", "the dog") == 0.5  # not stemmed
     assert rouge_l("the dog", "") == 0
+
+
+@settings(deadline=None)  # the first example loads the package
+@given(st.text(st.sampled_from("abc AB'-1é\n"), max_size=40), st.text(st.sampled_from("abc AB'-1é\n"), max_size=40))
+def test_rouge_l_is_that_of_the_package_rouge_score(reference: str, answer: str) -> None:
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
+    assert rouge_l(reference, answer) == scorer.score(reference, answer)["rougeL"].fmeasure
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30))
+def test_macro_f1_is_that_of_scikit_learn(pairs: list[tuple[int, int]]) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    truth, predicted = np.array(pairs, np.int64).T
+    assert macro_f1(truth, predicted) == metrics.f1_score(truth, predicted, average="macro", zero_division=0.0)
+
+
+def test_macro_f1_by_hand() -> None:
+    truth, predicted = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1])
+    # Class 0: one hit of 2 + 1; class 1: one of 1 + 3; class 2 none.
+    assert macro_f1(truth, predicted) == pytest.approx((2 / 3 + 2 / 4 + 0) / 3)
