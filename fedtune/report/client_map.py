@@ -14,7 +14,7 @@ from fedtune.report.curves import (
     gains,
     training_rounds,
 )
-from fedtune.report.drawing import CELL_INK, CELL_PAPER, INK, PAPER, label, new_figure, styled, tip
+from fedtune.report.drawing import CELL_INK, CELL_PAPER, INK, PAPER, label, new_figure, tip, with_style
 from fedtune.report.reader import Run, finite
 from fedtune.rounds.record import ClientRecord
 
@@ -32,7 +32,7 @@ MOST_CELLS = 600
 """Cells of a map that get a text of their own; more would weigh more than the map."""
 
 
-@styled
+@with_style
 def client_map(run: Run) -> Figure | None:
     """Draw clients by rounds: how much the loss on the same rows fell, and who failed, was refused or was absent."""
     from matplotlib import colormaps

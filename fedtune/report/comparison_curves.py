@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedtune.report.curves import Floats, LossCurve, loss_curve
-from fedtune.report.drawing import label, line_style, new_figure, styled
+from fedtune.report.drawing import label, line_style, new_figure, with_style
 from fedtune.report.plots import Against, axis_unit
 from fedtune.report.reader import Run
 from fedtune.report.rendering import Table
@@ -81,7 +81,7 @@ def deployed_loss(groups: Sequence[Sequence[Run]]) -> tuple[str, list[CurveOverS
     return "deployed model's test loss", [line for line in lines if len(line.rounds)]
 
 
-@styled
+@with_style
 def curves(title: str, lines: Sequence[CurveOverSeeds], unit: str = "nats per token") -> Figure:
     """Draw each recipe's loss by round, by bytes and by time: the devices' where all have it."""
     legend_rows = -(-len(lines) // 3)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedtune.report.curves import training_rounds
-from fedtune.report.drawing import COLOURS, PAPER, label, new_figure, styled, tip
+from fedtune.report.drawing import COLOURS, PAPER, label, new_figure, tip, with_style
 from fedtune.report.planner_choices import classes, seconds
 from fedtune.report.reader import Run
 from fedtune.report.rendering import Table
@@ -49,7 +49,7 @@ def mean_times(run: Run) -> Mapping[str, Mapping[str, float]]:
     return means
 
 
-@styled
+@with_style
 def device_times(run: Run) -> Figure | None:
     """Draw the mean round of each kind of device as a bar of its parts; None without times."""
     means = mean_times(run)

@@ -85,17 +85,17 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def styled(draw: Callable[P, T]) -> Callable[P, T]:
+def with_style(draw: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function that draws: the style holds inside it and nowhere else."""
 
     @functools.wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> T:
+    def draw_with_style(*args: P.args, **kwargs: P.kwargs) -> T:
         from matplotlib import rc_context
 
         with rc_context(STYLE):
             return draw(*args, **kwargs)
 
-    return drawn
+    return draw_with_style
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -145,7 +145,7 @@ def _fix_layout(figure: Figure) -> None:
         figure.set_layout_engine("none")
 
 
-@styled
+@with_style
 def png(figure: Figure) -> bytes:
     _fix_layout(figure)
     buffer = io.BytesIO()
@@ -175,7 +175,7 @@ def tips(axes: Axes, x: NDArray[Any], y: NDArray[Any], texts: Sequence[str]) -> 
             tip(axes.plot([across], [up], color=INK, marker="o", markersize=9, alpha=0.0, linestyle="")[0], text)
 
 
-@styled
+@with_style
 def svg(figure: Figure, *, name: str, title: str) -> str:
     """Return the figure as an <svg> element for a page; `name` sets its ids apart from those of other figures.
 

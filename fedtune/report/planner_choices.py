@@ -12,7 +12,7 @@ import numpy as np
 from fedtune.planning.floor import FREE_ROUNDS
 from fedtune.pruning.ranking import PruningSettings
 from fedtune.report.curves import Floats, natural, training_rounds
-from fedtune.report.drawing import MUTED, label, line_style, new_figure, styled, tips, whole_rounds
+from fedtune.report.drawing import MUTED, label, line_style, new_figure, tips, whole_rounds, with_style
 from fedtune.report.reader import Run
 from fedtune.report.rendering import Table
 from fedtune.report.units import number_text, seconds_text
@@ -88,7 +88,7 @@ def chosen(run: Run) -> Mapping[str, Mapping[str, Sequence[tuple[int, str, float
     return panels
 
 
-@styled
+@with_style
 def choices(run: Run) -> Figure | None:
     """Draw what was chosen over the rounds: a dot per client, in the colour of its kind of device."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator

@@ -27,10 +27,10 @@ from fedtune.report.drawing import (
     label,
     line_style,
     new_figure,
-    styled,
     tip,
     tips,
     whole_rounds,
+    with_style,
 )
 from fedtune.report.planner_choices import choices
 from fedtune.report.reader import Run, finite
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 Against: TypeAlias = Literal["rounds", "bytes", "seconds", "clock"]
 
 
-@styled
+@with_style
 def loss(run: Run, against: Against) -> Figure | None:
     """Draw the test loss, the clients' mean held-out loss and the band between best and worst client."""
     curve = loss_curve(run)
@@ -110,7 +110,7 @@ def _line(axes: Axes, x: Floats, y: Floats, text: str, **style: object) -> None:
         axes.plot(x[known], y[known], label=text, **style)  # type: ignore[arg-type]
 
 
-@styled
+@with_style
 def traffic(run: Run) -> Figure | None:
     """Draw bytes up (above the axis) and down (below it) per round, and both summed from the start."""
     from matplotlib.ticker import FuncFormatter
@@ -148,7 +148,7 @@ def traffic(run: Run) -> Figure | None:
     return figure
 
 
-@styled
+@with_style
 def ranks(run: Run) -> Figure | None:
     """Draw the rank of the global change and the share of its energy left after cuts, per kind of module."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -200,7 +200,7 @@ def _group_bands(
     return drawn
 
 
-@styled
+@with_style
 def spectrum(run: Run) -> Figure | None:
     """Draw the singular values of the last round's global change, one panel per kind, one line per module."""
     from matplotlib import colormaps
@@ -255,7 +255,7 @@ def _decades(values: Mapping[str, Floats]) -> float:
     return math.log10(max(line.max() for line in values.values()) / min(line.min() for line in values.values()))
 
 
-@styled
+@with_style
 def before_after(run: Run) -> Figure | None:
     """Draw each client's held-out loss of the base and of the tuned model, highest loss after on top."""
     pairs = paired_losses(run)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedtune.report.drawing import COLOURS, MARKERS, can_draw, new_figure, png, styled, svg, tips
+from fedtune.report.drawing import COLOURS, MARKERS, can_draw, new_figure, png, svg, tips, with_style
 from fedtune.report.plots import axis_unit
 from fedtune.report.rendering import Card, Table, render, replace_text
 from fedtune.report.units import NOTHING, bytes_text, number_text, seconds_text
@@ -253,7 +253,7 @@ def correlation_table(content: Mapping[str, Any]) -> Table | None:
     )
 
 
-@styled
+@with_style
 def picture(content: Mapping[str, Any]) -> Figure:
     """Draw the score of every step, and the best so far, against client-rounds and against bytes."""
     figure = new_figure(9.6, 3.6)

@@ -17,13 +17,13 @@ from fedtune.report.drawing import (
     line_style,
     new_figure,
     png,
-    styled,
     svg,
     tips,
+    with_style,
 )
 
 
-@styled
+@with_style
 def small() -> Figure:
     figure = new_figure(2, 2)
     figure.subplots().plot([1, 2], [1, 2], **line_style(0, 2))
