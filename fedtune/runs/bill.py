@@ -92,6 +92,8 @@ class Bill:
     """Seconds of a round, on average: of its slowest client; None where they are not known."""
     measured: Mapping[str, Any] = field(default_factory=dict)
     """What this machine was calibrated with; see `calibration`."""
+    buffer: int | None = None
+    """Updates that end an asynchronous round at least, where `cohort` clients work; None: it waits for its cohort."""
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -146,6 +148,7 @@ class Bill:
             "round_s": self.round_s,
             "seconds": self.seconds,
             **({"measured": dict(self.measured)} if self.measured else {}),
+            **({"buffer": self.buffer} if self.buffer is not None else {}),
         }
 
 
@@ -169,15 +172,20 @@ def bill_of(
         calibration: of them, where it was measured: seconds of a step beside its operations, and for 1e12 of these.
     """
     recipe = fleet.recipe
-    cohort = cohort_size(len(examples), recipe.rounds.cohort)
+    cohort, buffer = cohort_size(len(examples), recipe.rounds.cohort), None
+    if recipe.asynchronous is not None:
+        cohort = recipe.asynchronous.working(len(examples), recipe.rounds)
+        buffer = min(recipe.asynchronous.goal(recipe.rounds.min_clients), len(examples))
     results, last = rehearsal_of(fleet, blueprint, examples, labels=labels)
     if results:
         by_round = [(sum(t.down for t in r.traffic.values()), sum(t.up for t in r.traffic.values())) for r in results]
     else:
         both = [estimated_bytes(fleet, blueprint, name, count, memory_gb) for name, count in examples.items()]
-        down, up = (round(sum(part) * cohort / len(both)) for part in zip(*both, strict=True))
+        # As many orders leave in an asynchronous round as updates come in.
+        answers = cohort if buffer is None else buffer
+        down, up = (round(sum(part) * answers / len(both)) for part in zip(*both, strict=True))
         first = first_bytes_up(recipe, examples)
-        by_round = [(down, up)] if first is None else [(down, round(first * cohort / len(both))), (down, up)]
+        by_round = [(down, up)] if first is None else [(down, round(first * answers / len(both))), (down, up)]
         by_round = by_round[: recipe.rounds.count]
     clients = [
         client_bill(
@@ -198,11 +206,13 @@ def bill_of(
         or (
             bool(results)
             and isinstance(recipe.planner, FixedSettings)
-            and (len(results) >= recipe.rounds.count or not grows(results))
+            # Which clients fill a buffer changes from round to round.
+            and (len(results) >= recipe.rounds.count or (buffer is None and not grows(results)))
         ),
         # The residual of fedex has the rank that the clients' data give it, and a random one the largest.
         at_most=wire in ("int8", "int4") or recipe.method.name in ("fedkseed", "fedex", "hetlora"),
         round_s=round_s,
+        buffer=buffer,
     )
 
 
@@ -236,9 +246,11 @@ def rehearsal_of(
         labels=tuple(labels),
         date=recipe.data.date or "" if labels else "",
         clock=fleet.clock(),
+        asynchronous=recipe.asynchronous,
     )
+    most = REHEARSED if recipe.asynchronous is None else GROWING
     try:
-        results = rehearse(context, most=min(recipe.rounds.count, REHEARSED), growing=min(recipe.rounds.count, GROWING))
+        results = rehearse(context, most=min(recipe.rounds.count, most), growing=min(recipe.rounds.count, GROWING))
     except FedtuneError:  # such as a cohort of which no client fits: what follows says so with numbers
         return (), {}
     last = {name: (t.down, t.up) for result in results for name, t in result.traffic.items() if t.up}

@@ -11,6 +11,7 @@ from fedtune.errors import FedtuneError
 from fedtune.messages import Assignment, Blueprint, Client, ClientUpdate, LoraResult, Measured, PersonalTrace, Training
 from fedtune.number_formats import to_wire
 from fedtune.pruning.structure import ModelStructure, cuts, from_bitmap, shapes
+from fedtune.rounds import buffer
 from fedtune.rounds.context import RoundContext
 from fedtune.rounds.loop import RoundResult, run
 from fedtune.rounds.transport import Answer, Reply, Rule
@@ -108,11 +109,11 @@ def rehearse(context: RoundContext, *, most: int, growing: int) -> Sequence[Roun
     """Return the first rounds of a run, until two in a row have sent and taken the same.
 
     They are `most` at the most, or `growing` while each is sent more than those before it. Where a round cannot be
-    rehearsed, as where no client is left, those before it are returned.
+    rehearsed, as where no client is left, those before it are returned. Asynchronous rounds end with their buffers.
     """
     results = list[RoundResult]()
     try:
-        for result in run(context):
+        for result in run(context) if context.asynchronous is None else buffer.run(context):
             results.append(result)
             number = len(results)
             if number >= growing or (number >= most and not grows(results)):

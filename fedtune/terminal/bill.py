@@ -32,7 +32,8 @@ def lines(bill: Mapping[str, Any]) -> Iterator[str]:
     kinds = list(by_kind(clients).items())
     # Where all clients do the same, a column for it says nothing.
     verbs = any(own.get("verb") == "descend" for own in clients.values())
-    yield f"{len(clients)} clients, {bill['cohort']} in each of {bill['rounds']} rounds"
+    at_work = f"at work; {bill['buffer']} updates end each" if "buffer" in bill else "in each"
+    yield f"{len(clients)} clients, {bill['cohort']} {at_work} of {bill['rounds']} rounds"
     yield ""
     yield "Memory at the peak in MB, of the client of each kind that needs most"
     yield f"{'kind':{NAMES}}" + "".join(f"{head:>8}" for head in PARTS.values()) + f"{'total':>7}{'has':>7}"
@@ -123,7 +124,8 @@ def totals(bill: Mapping[str, Any]) -> Iterator[str]:
     if bill["seconds"] is None:
         yield "time: not known of this machine; --measure trains some steps for ten seconds"
     else:
-        yield f"time: {duration(bill['round_s'])} a round, {duration(bill['seconds'])} in all, of the slowest client"
+        of = "until its buffer is full" if "buffer" in bill else "of the slowest client"
+        yield f"time: {duration(bill['round_s'])} a round, {duration(bill['seconds'])} in all, {of}"
 
 
 def calibration(measured: Mapping[str, Any]) -> Iterator[str]:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedtune.config import bind
+from fedtune.rounds.asynchronous import AsyncSettings
 from fedtune.runs.bill import bill_of
 from fedtune.runs.local import prepare
 from tests.conftest import Simulated, kseed
@@ -111,3 +113,37 @@ def test_what_stays_with_clients_is_in_no_bill(simulated: Simulated, tables: dic
         # Headers are padded to a multiple of 64 bytes, for each of three clients.
         assert mine == pytest.approx(real, abs=3 * 64)
     assert all(mine[1] < 0.75 * other[1] for mine, other in zip(planned, whole, strict=True))
+
+
+def test_asynchronous_rounds_are_billed_by_their_buffers_and_their_clock(
+    simulated: Simulated, tables: dict[str, Any], tmp_path: Path
+) -> None:
+    tables["method"] = {"name": "fedit"}
+    tables["rounds"] = {"count": 4}
+    tables["fleet"] = {"name": "phones"}
+    slow = {"clients": ["client-0"], "peak_tflops": 0.00032, "memory_gbps": 2.56}
+    tables["device"] = [{"clients": ["*"], "profile": "phone-mid", "net_sigma": 0.0}, slow]
+    tables["asynchronous"] = {"buffer": 2}
+    del tables["override"]
+    planned, bill = rounds_of(tables)
+    run = simulated(tables, tmp_path / "run")
+    assert bill.exact
+    assert (bill.buffer, bill.cohort) == (2, len(bill.clients))
+    assert len(planned) == 4
+    for mine, record in zip(planned, (one for one in run.rounds if one["round"]), strict=True):
+        assert mine == pytest.approx((record["bytes_down"], record["bytes_up"]), abs=60)
+    assert bill.seconds == pytest.approx(run.summary["clock_s"], rel=0.01)
+
+
+def test_an_asynchronous_recipe_of_sites_is_billed_by_buffers_and_not_by_cohorts(tables: dict[str, Any]) -> None:
+    tables["method"] = {"name": "fedit"}
+    del tables["override"]
+    experiment = prepare(bind(tables), sizes_alone=True)
+    ups = []
+    for buffer in (1, 2):
+        recipe = replace(experiment.recipe, asynchronous=AsyncSettings(buffer=buffer))
+        bill = bill_of(replace(experiment.devices, recipe=recipe), experiment.blueprint, experiment.fleet)
+        assert bill.kind_of_bytes == "estimated"
+        ups.append(bill.by_round[-1][1])
+    assert ups[0] > 0
+    assert ups[1] == pytest.approx(2 * ups[0], rel=0.01)

@@ -52,6 +52,13 @@ def test_lines_keep_to_eighty_columns_whatever_clients_are_called() -> None:
     assert "and 28 kinds more; --json lists every client" in printed
 
 
+def test_an_asynchronous_run_says_what_ends_its_rounds() -> None:
+    printed = "\n".join(lines(bill({"a": client("a")}, buffer=5)))
+    assert "1 clients, 8 at work; 5 updates end each of 20 rounds" in printed
+    assert "until its buffer is full" in printed
+    assert "slowest client" not in printed
+
+
 def test_who_does_not_fit_is_named_with_what_would() -> None:
     small = client("b", fits=False, has_bytes=5e8, nearest="client.batch = 2 with client.accumulation = 2 (0.49 GB)")
     printed = "\n".join(lines(bill({"a": client("a"), "b": small})))
