@@ -26,6 +26,7 @@ from fedtune.cli import (
     runs,
     schema,
     search,
+    split,
 )
 from fedtune.cli.options import (
     DebugOption,
@@ -173,7 +174,7 @@ def plan(
     """
     with report_errors(debug):
         from fedtune.runs.plan import plan as plan_recipe
-        from fedtune.terminal import split
+        from fedtune.terminal import split as shown_split
         from fedtune.terminal.bill import lines
 
         planned = plan_recipe(recipe, overrides=overrides or (), pin=pin, measure=measure)
@@ -189,7 +190,7 @@ def plan(
                 typer.echo(line)
         if planned.split and not (bound or as_json):
             typer.echo("")
-            for line in split.lines(planned.split):
+            for line in shown_split.lines(planned.split):
                 typer.echo(line)
         if as_json:
             content = {"recipe": planned.recipe, "notes": list(planned.notes), "split": planned.split, **bill}
@@ -320,6 +321,7 @@ import_fs.register(app)
 federation.register(app)
 provenance.register(app)
 schema.register(app)
+split.register(app)
 
 
 def parse_seeds(text: str | None) -> Sequence[int] | None:

@@ -53,6 +53,28 @@ def read_parquet(path: Path, key: str) -> Table:
     return Table(names, count, column)
 
 
+def write_parquet(path: Path, table: Table, kinds: Mapping[str, Any]) -> None:
+    """Write a table as a Parquet file, in the types that `column_kinds` gives."""
+    columns = {name: pa.array(table.column(name), type=kinds[name]) for name in table.names}
+    pyarrow.parquet.write_table(pa.table(columns), path)
+
+
+def column_kinds(table: Table) -> Mapping[str, Any]:
+    """Return the Arrow type of each column over all rows: files of one type each can be read together.
+
+    Raises: ConfigError naming a column whose values have no type in common.
+    """
+    kinds = {}
+    for name in table.names:
+        try:
+            kinds[name] = pa.array(table.column(name)).type
+        except (pa.ArrowException, TypeError, OverflowError) as error:
+            got = f"column {name!r} ({_first_line(error)})"
+            hint = "write the form jsonl"
+            raise ConfigError(Fault("--form", "columns of one type each in Parquet", got, hint)) from error
+    return kinds
+
+
 def _class_names(schema: pa.Schema) -> Mapping[str, Sequence[str]]:
     """Return the names of the classes of each column that `datasets` wrote as numbers."""
     try:

@@ -14,7 +14,7 @@ from fedtune.data.paths import Place, group_names, places
 from fedtune.data.presets import naming_file
 from fedtune.data.rows import absent, cells, choose, read_parts
 from fedtune.data.settings import GROUP, DataSettings, Task
-from fedtune.data.table import Table, from_rows, table_of
+from fedtune.data.table import Table, from_rows, joined, table_of
 from fedtune.errors import ConfigError, Fault
 
 
@@ -117,6 +117,18 @@ def read_whole(settings: DataSettings, rows: Any, *, task: Task, key: str) -> So
     grouped = key == "data.source" or settings.split.match is not None
     parts, notes = _parts(settings, table, where, task=task, key=key, by=settings.split.by if grouped else None)
     return Source(table_of(parts), [(where, table.count)], notes)
+
+
+def read_original(settings: DataSettings, root: Path, source: str | Sequence[str], *, key: str) -> Table:
+    """Return rows in the order of `read_source` or `read_test`, with every column as the files have it.
+
+    Raises: ConfigError if a file is missing or malformed.
+    """
+    with naming_file(settings.preset):
+        chosen, _ = places([source] if isinstance(source, str) else source, settings.format, root, key)
+    rows = joined([_table(place, settings, key) for place in chosen])
+    # Read once here: every client takes its rows of every column.
+    return Table(rows.names, rows.count, {name: rows.column(name) for name in rows.names}.__getitem__)
 
 
 def labels_of(settings: DataSettings, root: Path) -> Sequence[str]:

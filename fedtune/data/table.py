@@ -22,6 +22,10 @@ class Table:
         places = list(rows)
         return Table(self.names, len(places), lambda name: _at(self.column(name), places))
 
+    def with_column(self, name: str, values: Sequence[Any]) -> Table:
+        """Return the rows with one column more, behind the others."""
+        return Table([*self.names, name], self.count, lambda other: values if other == name else self.column(other))
+
 
 def table_of(columns: Mapping[str, Sequence[Any]]) -> Table:
     """Return columns that were read as a whole."""
@@ -32,6 +36,17 @@ def from_rows(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return rows as a table; a key that a row lacks is None there."""
     names = dict.fromkeys(name for row in rows for name in row)
     return Table(list(names), len(rows), lambda name: [row.get(name) for row in rows])
+
+
+def joined(tables: Sequence[Table]) -> Table:
+    """Return the rows of several tables one after the other; a column that a table lacks is None in its rows."""
+    names = list(dict.fromkeys(name for table in tables for name in table.names))
+
+    def column(name: str) -> Sequence[Any]:
+        parts = [table.column(name) if name in table.names else [None] * table.count for table in tables]
+        return [value for part in parts for value in part]
+
+    return Table(names, sum(table.count for table in tables), column)
 
 
 def with_class_names(values: Sequence[Any], names: Sequence[str]) -> Sequence[Any]:

@@ -7,7 +7,8 @@ import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from fedtune.data.arrow import open_zstd, read_parquet
+from fedtune.data.arrow import column_kinds, open_zstd, read_parquet, write_parquet
+from fedtune.data.table import from_rows
 from fedtune.errors import ConfigError
 
 
@@ -49,3 +50,13 @@ def test_a_damaged_archive_is_one_kind_of_error(tmp_path: Path) -> None:
         (tmp_path / "y.zst").write_bytes(damaged)
         with pytest.raises(OSError), open_zstd(tmp_path / "y.zst") as stream:  # noqa: PT011 - words of a library
             stream.read(2**20)
+
+
+def test_a_table_is_written_in_the_types_of_all_rows_and_read_again(tmp_path: Path) -> None:
+    table = from_rows([{"a": 1, "b": None}, {"a": 2, "b": "x"}])
+    kinds = column_kinds(table)
+    write_parquet(tmp_path / "x.parquet", table.select([0]), kinds)
+    read = read_parquet(tmp_path / "x.parquet", "data.source")
+    assert (read.column("a"), read.column("b")) == ([1], [None])
+    with pytest.raises(ConfigError, match=r"--form: expected columns of one type each.*column 'a'"):
+        column_kinds(from_rows([{"a": 1}, {"a": "x"}]))
