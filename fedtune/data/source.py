@@ -14,7 +14,7 @@ from fedtune.data.paths import Place, group_names, places
 from fedtune.data.presets import naming_file
 from fedtune.data.rows import absent, cells, choose, read_parts
 from fedtune.data.settings import GROUP, DataSettings, Task
-from fedtune.data.table import Table, from_rows, joined, table_of
+from fedtune.data.table import Table, concatenate, from_rows, table_of
 from fedtune.errors import ConfigError, Fault
 
 
@@ -126,7 +126,7 @@ def read_original(settings: DataSettings, root: Path, source: str | Sequence[str
     """
     with naming_file(settings.preset):
         chosen, _ = places([source] if isinstance(source, str) else source, settings.format, root, key)
-    rows = joined([_table(place, settings, key) for place in chosen])
+    rows = concatenate([_table(place, settings, key) for place in chosen])
     # Read once here: every client takes its rows of every column.
     return Table(rows.names, rows.count, {name: rows.column(name) for name in rows.names}.__getitem__)
 

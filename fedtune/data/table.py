@@ -38,7 +38,7 @@ def from_rows(rows: Sequence[Mapping[str, Any]]) -> Table:
     return Table(list(names), len(rows), lambda name: [row.get(name) for row in rows])
 
 
-def joined(tables: Sequence[Table]) -> Table:
+def concatenate(tables: Sequence[Table]) -> Table:
     """Return the rows of several tables one after the other; a column that a table lacks is None in its rows."""
     names = list(dict.fromkeys(name for table in tables for name in table.names))
 

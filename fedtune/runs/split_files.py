@@ -11,7 +11,7 @@ from typing import Any, Literal
 from fedtune.config import bind
 from fedtune.data.exported import ExportedRows, exported_rows
 from fedtune.data.partition_file import division_digest, write_division
-from fedtune.data.table import Table, joined
+from fedtune.data.table import Table, concatenate
 from fedtune.errors import StoreError
 from fedtune.runs.split import row_counts
 from fedtune.store.files import fill, new_folder
@@ -81,7 +81,7 @@ def _write_files(folder: Path, parts: Mapping[str, Table], form: SplitForm) -> i
     if form == "parquet":
         from fedtune.data.arrow import column_kinds, write_parquet
 
-        kinds = column_kinds(joined(list(parts.values())))
+        kinds = column_kinds(concatenate(list(parts.values())))
         for name, table in parts.items():
             write_parquet(folder / f"{name}.parquet", table, kinds)
     else:

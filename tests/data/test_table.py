@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedtune.data.table import Table, from_rows, joined, table_of, with_class_names
+from fedtune.data.table import Table, concatenate, from_rows, table_of, with_class_names
 
 
 def test_selected_rows_keep_the_given_order() -> None:
@@ -41,7 +41,7 @@ def test_hidden_classes_are_none() -> None:
 
 
 def test_tables_are_joined_and_widened() -> None:
-    table = joined([from_rows([{"a": 1}]), from_rows([{"b": 2}, {"a": 3}])]).with_column("c", "xyz")
+    table = concatenate([from_rows([{"a": 1}]), from_rows([{"b": 2}, {"a": 3}])]).with_column("c", "xyz")
     assert list(table.names) == ["a", "b", "c"]
     assert (table.count, table.column("a"), table.column("b")) == (3, [1, None, 3], [None, 2, None])
     assert table.select([2, 0]).column("c") == ["z", "x"]
