@@ -26,6 +26,7 @@ from fedtune.runs.demo import find_model, recipe_text, remark, write_data
 from fedtune.runs.export import open_run
 from fedtune.runs.own_scores import bind_with_test
 from fedtune.runs.path_checks import check_paths
+from fedtune.runs.tracked import track
 from fedtune.simulation.fork_client import ForkServer
 from fedtune.store import result
 from fedtune.store import verify as verify_module
@@ -275,8 +276,8 @@ def _run(
     from fedtune.runs.runner import run_recipe
 
     experiment = with_personal_folder(experiment, path)
-    with transport(experiment, fork_server) as engine:
-        summary = run_recipe(run_context(experiment), path, engine, resume=resume, watch=watch, began=began)
+    with transport(experiment, fork_server) as engine, track(path, experiment.recipe, watch) as observe:
+        summary = run_recipe(run_context(experiment), path, engine, resume=resume, watch=observe, began=began)
     if experiment.recipe.report.tensorboard:
         from fedtune.report.tensorboard import write_events
 
@@ -392,7 +393,10 @@ def verify(run: str | Path) -> Verified:
 
 
 def report(run: str | Path, *, tensorboard: bool = False, pictures: bool = True) -> Path:
-    """Write report.html from the run's JSON alone, with its figures as PNG and event files if wanted, and return it."""
+    """Write report.html from the run's JSON alone, with its figures as PNG and event files if wanted, and return it.
+
+    The run may have been copied from another machine, in part: what is missing is named on the page.
+    """
     from fedtune.report.page import write_report
     from fedtune.report.tensorboard import write_events
 

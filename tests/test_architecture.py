@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("search",),
     ("simulation", "devices", "store"),
     ("link", "report"),
+    ("tracking", "live"),
     ("config", "flower"),
     ("client", "edge"),
     ("runs", "terminal"),
@@ -57,7 +58,12 @@ HOMES: Mapping[str, frozenset[str]] = {
     "datasets": frozenset({"data"}),
     "pydantic": frozenset({"config"}),
     "yaml": frozenset({"config"}),
-    "tomllib": frozenset({"config", "report"}),  # the report reads name and seed of a run that was killed
+    # The report reads name and seed of a run that was killed, a tracker is sent the recipe's settings.
+    "tomllib": frozenset({"config", "report", "tracking"}),
+    "mlflow": frozenset({"tracking"}),
+    "trackio": frozenset({"tracking"}),
+    "wandb": frozenset({"tracking"}),
+    "tensorboard": frozenset({"report"}),
     "typer": frozenset({"cli"}),
     "rich": frozenset({"cli", "terminal"}),
     "matplotlib": frozenset({"report"}),
@@ -79,6 +85,7 @@ SERVER_WING = (
     "search",
     "store",
     "report",
+    "tracking",
 )
 SEEDS_TORCH = {"fedtune/model/torch_seed.py"}
 """May fork and seed torch's global generators, for dropout and initial values that take no generator."""
@@ -257,10 +264,13 @@ WHOLESALE = {
     "fedtune/link/client/training_server.py",
     "fedtune/simulation/inprocess.py",
     "fedtune/simulation/fork_server.py",
+    "fedtune/runs/tracked.py",
+    "fedtune/tracking/follow.py",
 }
 """May catch any error of a client's work: it is that client's failure (`rounds.failures`) and must not end the run, and
 over a network its text must not leave the site. A thread of the link's client must not end in silence,
-and leave a site that is connected and works on nothing. The package tokenizers raises no narrower kind."""
+and leave a site that is connected and works on nothing. The package tokenizers raises no narrower kind. A tracker is
+another package and a network, and must not end the run that it follows."""
 
 
 def test_no_error_is_caught_wholesale() -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from fedtune.cli.options import DebugOption, JsonOption, RunArgument, examples, report_errors
+from fedtune.cli.options import DebugOption, JsonOption, RunArgument, TrackOption, examples, report_errors
 from fedtune.cli.stop_signals import until_signal
 from fedtune.terminal.console import console
 from fedtune.terminal.text import printable, size
@@ -44,6 +44,7 @@ def serve(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory instead of runs/NAME.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="If the run directory is taken, start beside it.")] = False,
+    track: TrackOption = None,
     log: LogOption = "text",
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -62,6 +63,7 @@ def serve(
         from fedtune.deployment.coordinator import coordinate
         from fedtune.deployment.server_setup import data_at_sites
         from fedtune.errors import RoundError
+        from fedtune.runs.tracked import tracker_names
 
         source = recipe if recipe is not None else (resume or Path()) / "recipe.toml"
         edits = [f"link.listen={json.dumps(listen)}"] if listen is not None else []
@@ -73,6 +75,8 @@ def serve(
         settings, enrolment, root = bind_server(config, tuple(edits))
         options = ["--config", str(config.absolute())] if config is not None else []
         options += [word for text in edits for word in ("--set", text)]
+        trackers = tracker_names(track or ())
+        options += [word for name in trackers for word in ("--track", name)]
         run = resume if resume is not None else out or Path("runs") / bound.name
         record = event_writer(check_log_format(log))
         try:
@@ -87,6 +91,7 @@ def serve(
                 enrolment=enrolment,
                 options=options,
                 record=record,
+                trackers=trackers,
             )
         except RoundError as error:
             typer.echo(f"fedtune: {printable(str(error))}", err=True)

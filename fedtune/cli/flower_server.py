@@ -17,8 +17,10 @@ from fedtune.messages import Failure
 from fedtune.rounds.events import ClientFinished, Event, Note, RoundFinished, RoundStarted
 from fedtune.runs.resume import as_started, check_resumable
 from fedtune.runs.runner import run_recipe
+from fedtune.runs.tracked import track
 from fedtune.store.run_directory import check_vacant
 from fedtune.terminal.text import printable
+from fedtune.tracking.packages import check_packages
 
 RECIPE = "the recipe: TOML, or the absolute path of a file on the server's host"
 
@@ -32,6 +34,7 @@ def run_app(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
         StoreError: if the run directory cannot be written or trusted.
     """
     recipe = bind_source(text(run_config, "recipe", RECIPE))
+    check_packages(recipe.report.trackers)
     resume = run_name(str(run_config.get("resume") or ""))
     run = directory(str(run_config.get("store") or ""), resume or recipe.name)
     if resume:
@@ -49,7 +52,8 @@ def run_app(connect: Connect, run_config: Mapping[str, Scalar]) -> None:
     )
     context = server_context(recipe, transport, door="flower", note=say)
     check_overrides(recipe, context.fleet, say)
-    summary = run_recipe(context, run, transport, resume=bool(resume), watch=print_event)
+    with track(run, recipe, print_event) as observe:
+        summary = run_recipe(context, run, transport, resume=bool(resume), watch=observe)
     say(f"{summary['state']} after round {summary['rounds']}, state {summary['state_digest']}; see {run}")
 
 

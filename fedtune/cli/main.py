@@ -34,6 +34,7 @@ from fedtune.cli.options import (
     QuietOption,
     RunArgument,
     SetOption,
+    TrackOption,
     examples,
     print_line,
     report_errors,
@@ -121,6 +122,7 @@ def simulate(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory instead of runs/NAME.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="If the run directory is taken, start beside it.")] = False,
+    track: TrackOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -140,6 +142,10 @@ def simulate(
 
         source = recipe if recipe is not None else api.recipe_of(resume or Path())
         bound = bind(source, overrides=[*(overrides or ()), *settings])
+        if track:
+            from fedtune.runs.tracked import with_trackers
+
+            bound = with_trackers(bound, track)
         run = run_with_progress(
             bound.name,
             quiet,
@@ -239,16 +245,27 @@ def replay(
                 typer.echo(f"{name:8} {value}")
 
 
-@app.command(epilog=examples("fedtune report runs/demo", "fedtune report runs/demo --tensorboard"))
+@app.command(
+    epilog=examples(
+        "fedtune report runs/demo", "fedtune report runs/demo --tensorboard", "fedtune report runs/demo --track mlflow"
+    )
+)
 def report(
     run: RunArgument,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard event files too.")] = False,
+    track: TrackOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Draw a run's page again from its records: report.html and plots/*.png."""
+    """Draw a run's page again from its records: report.html and plots/*.png; or send its rounds to a tracker."""
     with report_errors(debug):
         from fedtune import api
 
+        if track:
+            from fedtune.runs.tracked import send_run, tracker_names
+
+            for name in tracker_names(track):
+                typer.echo(print_line(send_run(run, name)))
+            return
         typer.echo(api.report(run, tensorboard=tensorboard))
         say_if_no_pictures()
 

@@ -35,6 +35,16 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Last line of stdout: t
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+TrackOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        metavar="NAME",
+        help="Send each round's numbers to a tracker: tensorboard, mlflow, trackio or wandb; may be given again.",
+    ),
+]
+
+
 @contextmanager
 def report_errors(debug: bool) -> Iterator[None]:
     """Print an error that the user can correct as one message on stderr, and exit with its status."""

@@ -26,6 +26,7 @@ from fedtune.rounds.schedule import Schedule
 from fedtune.search.settings import SearchSettings
 from fedtune.simulation.resources import Resources
 from fedtune.simulation.settings import DeviceOverride, EngineSettings, FleetSettings
+from fedtune.tracking.tracker import TrackerName
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,14 @@ class ReportSettings:
     and in Python, the page is drawn when it is asked for, by `fedtune report` or `run.report`."""
     tensorboard: bool = False
     """Also write event files for TensorBoard (needs the extra `tensorboard`)."""
+    trackers: tuple[TrackerName, ...] = field(default=(), metadata=OMIT_DEFAULT)
+    """Send each round's numbers to these trackers as it ends: `tensorboard` (event files in the run directory),
+    `mlflow`, `trackio`, `wandb`. Each needs its own package. Where they store is said by their own environment, such as
+    `MLFLOW_TRACKING_URI`; without it, on this machine."""
+    track_clients: bool = field(default=False, metadata=OMIT_DEFAULT)
+    """Also send names and losses of single clients; without it the trackers learn numbers of whole rounds alone."""
+    track_result: bool = field(default=False, metadata=OMIT_DEFAULT)
+    """Also send the folder of the result, such as the adapter, when the run has finished."""
 
 
 AT_SITES = "at the sites"

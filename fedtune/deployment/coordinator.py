@@ -50,11 +50,16 @@ from fedtune.link.server.server import serve_link
 from fedtune.link.settings import EnrolmentSettings, LinkSettings
 from fedtune.messages import Blueprint, DescendSeeds, Failure, ProbeSeeds, SumClasses, Task, TrainLora
 from fedtune.rounds.admission import largest_update
+from fedtune.rounds.events import Watch as RunWatch
+from fedtune.rounds.events import watch_all
 from fedtune.runs.resume import as_started, check_resumable, write_options
 from fedtune.runs.runner import run_recipe
+from fedtune.runs.tracked import track
 from fedtune.store.files import make_private, store_errors
 from fedtune.store.lock import lock_run
 from fedtune.store.run_directory import check_vacant, write_recipe
+from fedtune.tracking.packages import check_packages
+from fedtune.tracking.tracker import TrackerName
 from fedtune.wire.codec import parse
 from fedtune.wire.scores import MAX_SCORES_BYTES
 from fedtune.wire.v1 import round_pb2
@@ -74,6 +79,8 @@ def coordinate(
     enrolment: EnrolmentSettings | None = None,
     options: Sequence[str] = (),
     record: RecordEvent,
+    watch: RunWatch = lambda event: None,
+    trackers: Sequence[TrackerName] = (),
     on_start: Callable[[int], None] = lambda port: None,
 ) -> tuple[Path, Mapping[str, Any]]:
     """Serve a recipe's rounds, or those that are left, to the clients of a federation.
@@ -91,6 +98,8 @@ def coordinate(
         enrolment: how sites enrol over the network, and where requests for renewals are kept; None: they are refused.
         options: of the command line that say how to serve it, for the advice on how to resume it.
         record: receives the events, beside the audit log.
+        watch: called with the events of the rounds.
+        trackers: sent each round beside those of the recipe: the sites' recipe does not name them.
         on_start: called with the port when clients may dial.
 
     Raises:
@@ -105,6 +114,7 @@ def coordinate(
     if enrolment is not None and enrolment.listen:
         check_address(enrolment.listen, key="enrolment.listen")
         check_free("enrolment.listen", enrolment.listen, LISTEN_HINT)
+    check_packages((*recipe.report.trackers, *trackers))
     if resume:
         recipe = as_started(run, recipe)
         check_resumable(run, recipe)
@@ -135,7 +145,11 @@ def coordinate(
         on_start(running.port)
         summary = complete_summary(run, recipe) if resume else None
         if summary is None:
-            summary = serve_rounds(recipe, run, dispatcher, roster, resume=resume, expect=expect, record=record_all)
+            watch = watch_all(partial(on_event, dispatcher, record_all), watch)
+            with track(run, recipe, watch, more=trackers) as observe:
+                summary = serve_rounds(
+                    recipe, run, dispatcher, roster, resume=resume, expect=expect, record=record_all, watch=observe
+                )
         # Reached only when all rounds are over: after an error `serve_link` has the clients wait for the next process.
         end_run(dispatcher, run, int(summary["rounds"]), record_all)
         return run, summary
@@ -182,6 +196,7 @@ def serve_rounds(
     resume: bool,
     expect: int | None,
     record: RecordEvent,
+    watch: RunWatch,
 ) -> Mapping[str, Any]:
     """Run the rounds over the clients that connect, and return the run's summary."""
     summary, grid = dict[str, Any](), LinkGrid(dispatcher)
@@ -217,7 +232,6 @@ def serve_rounds(
         dispatcher.base = bytes.fromhex(run_context.base["digest"])
         dispatcher.max_reply_bytes = lambda front: max_update_bytes(front, run_context.blueprint)
         check_overrides(recipe, run_context.fleet, note)
-        watch = partial(on_event, dispatcher, record)
         summary.update(run_recipe(run_context, run, transport, resume=resume, watch=watch))
 
     server_app(rounds)(grid, context({}))

@@ -48,3 +48,13 @@ class Phase:
 
 Event: TypeAlias = RoundStarted | ClientFinished | RoundFinished | Note | Phase
 Watch: TypeAlias = Callable[[Event], None]
+
+
+def watch_all(*watches: Watch) -> Watch:
+    """Return an observer that passes each event on to all of these, in this order."""
+
+    def observe(event: Event) -> None:
+        for watch in watches:
+            watch(event)
+
+    return observe

@@ -1,4 +1,4 @@
-"""What can be said of a recipe's files in a moment: checked before libraries are imported that take seconds."""
+"""What can be said of a recipe's files and trackers in a moment, before libraries are imported that take seconds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fedtune.config.recipe import PYTHON
 from fedtune.data.paths import places
 from fedtune.data.presets import naming_file
 from fedtune.model.base_paths import check_vocabulary, local_base
+from fedtune.tracking.packages import check_packages
 
 
 def check_paths(recipe: Recipe) -> None:
@@ -16,7 +17,9 @@ def check_paths(recipe: Recipe) -> None:
 
     Raises:
         ConfigError: naming the key and the path.
+        ExtraError: naming a tracker's package that is missing.
     """
+    check_packages(recipe.report.trackers)
     data = recipe.data
     if recipe.model.base not in (PYTHON, "embedded"):
         folder = local_base(recipe.model, recipe.root)
