@@ -291,7 +291,7 @@ GROUPS: Mapping[str, str] = {
     "attack.": "attacks are left out; robust rules are method.robust",
     "nbafl.": "differential privacy is not offered yet",
     "sgdmf.": "differential privacy is not offered yet",
-    "wandb.": "report.trackers = [\"wandb\"] sends each round; its environment says where",
+    "wandb.": 'report.trackers = ["wandb"] sends each round; its environment says where',
     "llm.deepspeed.": "model.processes divides a client's steps",
     "llm.offsite_tuning.llm_generated.": "clients' answers are never replaced",
     "llm.offsite_tuning.kwargs.": "fedtune export --form emulator --kind drop, prune or quantise",
