@@ -1,11 +1,15 @@
-"""fedtune as a Flower app, on every network that Flower has; nothing here reports home or installs anything.
+"""fedtune as a Flower app, and its strategies for the apps of others; nothing here reports home or installs anything.
 
 The environment is set before the first import of flwr, which reads some of it then and never again. It cannot reach
 processes that Flower starts before fedtune is imported: service units and containers carry the same lines.
 """
 
+from __future__ import annotations
+
 import os
+from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 # Sets which TLS gRPC may speak. flwr loads gRPC, which reads that once: a server that is started in this process later
 # would accept TLS 1.2 as well.
@@ -40,3 +44,18 @@ def check_flower() -> None:
 
 # Here and not where each module is used: the import of any of them comes through here first.
 check_flower()
+
+if TYPE_CHECKING:
+    from fedtune.flower.frozen_change import add_frozen
+    from fedtune.flower.initial_arrays import read_arrays
+    from fedtune.flower.strategies import FFA, FedEx, FedIT, FlexLoRA, FLoRA, HetLoRA
+
+__all__ = ["FFA", "FLoRA", "FedEx", "FedIT", "FlexLoRA", "HetLoRA", "add_frozen", "read_arrays"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a name of `__all__` on first use, and flwr with it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    places = {"add_frozen": "frozen_change", "read_arrays": "initial_arrays"}
+    return getattr(import_module(f"{__name__}.{places.get(name, 'strategies')}"), name)

@@ -10,22 +10,39 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, sqrt
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from fedtune.errors import NotFiniteError, RoundError, ShapeError
-from fedtune.messages import AdmittedUpdate, Failure, TrainLora
+from fedtune.messages import AdmittedUpdate, Blueprint, Failure, PlannedClient, TrainLora
 from fedtune.methods import serialization as states
+from fedtune.methods.method import Method
 from fedtune.number_formats import from_wire
 from fedtune.rounds.admission import LARGEST
-from fedtune.rounds.context import RoundContext
-from fedtune.rounds.exchange import RoundRequest
 from fedtune.tensors import Array, Tensors, squared_norm
 
 NUMERIC = (ArithmeticError, ValueError, ShapeError, NotFiniteError)
 """What arithmetic raises over numbers that it cannot take; LinAlgError is a ValueError. Other errors are faults of the
 method, which no refusal mends."""
+
+
+class Combining(Protocol):
+    """What is read of a run here: a `RoundContext`, or whatever else runs a method."""
+
+    @property
+    def method(self) -> Method[Any]: ...
+    @property
+    def blueprint(self) -> Blueprint: ...
+
+
+class Asked(Protocol):
+    """What is read of a round's request here."""
+
+    @property
+    def round(self) -> int: ...
+    @property
+    def planned(self) -> Mapping[str, PlannedClient]: ...
 
 
 @dataclass(frozen=True)
@@ -40,8 +57,8 @@ class Aggregated:
 
 
 def aggregate(
-    context: RoundContext,
-    request: RoundRequest,
+    context: Combining,
+    request: Asked,
     state: Any,
     updates: Sequence[AdmittedUpdate],
     norms: Mapping[str, float],
@@ -75,8 +92,8 @@ def aggregate(
 
 
 def without_culprits(
-    context: RoundContext,
-    request: RoundRequest,
+    context: Combining,
+    request: Asked,
     state: Any,
     updates: Sequence[AdmittedUpdate],
     norms: Mapping[str, float],
@@ -113,9 +130,7 @@ def in_order(updates: Sequence[AdmittedUpdate], chosen: Sequence[AdmittedUpdate]
     return [update for update in updates if update.client in names]
 
 
-def attempt(
-    context: RoundContext, request: RoundRequest, state: Any, updates: Sequence[AdmittedUpdate]
-) -> Aggregated | str:
+def attempt(context: Combining, request: Asked, state: Any, updates: Sequence[AdmittedUpdate]) -> Aggregated | str:
     """Return the state with these updates, or why it is of no use."""
     try:
         # What leaves the range of its format is found in the result; a warning beside that would help no one.
@@ -127,9 +142,7 @@ def attempt(
         return str(error) or type(error).__name__
 
 
-def attempt_part(
-    context: RoundContext, request: RoundRequest, state: Any, updates: Sequence[AdmittedUpdate]
-) -> Aggregated | str:
+def attempt_part(context: Combining, request: Asked, state: Any, updates: Sequence[AdmittedUpdate]) -> Aggregated | str:
     """Return the same of some of the updates, which may be too few for the method."""
     try:
         return attempt(context, request, state, updates)
@@ -137,7 +150,7 @@ def attempt_part(
         return str(error)
 
 
-def why_not_sendable(context: RoundContext, request: RoundRequest, after: Any) -> str:
+def why_not_sendable(context: Combining, request: Asked, after: Any) -> str:
     """Return why clients could not go on from a state; empty if they can.
 
     A finite state may be none in the format it travels in, and two finite factors may have no finite product: then
