@@ -26,6 +26,7 @@ from fedtune.cli import (
     runs,
     schema,
     search,
+    site,
     split,
 )
 from fedtune.cli.options import (
@@ -60,6 +61,7 @@ app.add_typer(runs.app, name="runs")
 app.add_typer(ca.app, name="ca")
 app.add_typer(enroll.app, name="enroll")
 app.add_typer(roster.app, name="roster")
+app.add_typer(site.app, name="site")
 
 
 @app.callback(invoke_without_command=True)

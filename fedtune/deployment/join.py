@@ -248,22 +248,24 @@ def dry_run(site: Path, *, server: str | None = None, suits: CheckRecipe | None 
         ConfigError: if the server cannot be reached, does not take this site, or its recipe does not suit this program.
     """
     setup = load_join_setup(site, server=server)
-    client = Client(
-        setup.identity,
-        setup.roster,
-        setup.link,
-        setup.settings.policy,
-        setup.state,
-        NullTrainer(),
-        check=order_check(setup.state, setup.settings.policy),
-    )
-    try:
-        greeting = client.greet()
-    finally:
-        client.stop()
+    greeting = greet(setup.identity, setup.link, setup.settings.policy, setup.state)
     if suits is not None:
         suits(accepted_recipe(greeting.recipe), setup.identity.name)
     return compare_with_policy(setup, greeting)
+
+
+def greet(identity: Identity, link: JoinSettings, rules: Policy, state: Path) -> Greeting:
+    """Say hello to a server once, and return what it says of itself and its run; nothing is loaded or written.
+
+    Raises:
+        ConfigError: if the server cannot be reached, or does not take this site.
+    """
+    roster = RosterFile(identity.folder / "roster", identity.root)
+    client = Client(identity, roster, link, rules, state, NullTrainer(), check=order_check(state, rules))
+    try:
+        return client.greet()
+    finally:
+        client.stop()
 
 
 def compare_with_policy(setup: JoinSetup, greeting: Greeting) -> DryRun:

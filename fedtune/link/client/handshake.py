@@ -167,12 +167,18 @@ def other_certificate(error: ssl.SSLCertVerificationError, route: Route) -> Rout
     if names.is_party:
         got = f"one of another federation, by {names.issuer} ({error.verify_message})"
         return RouteError(f"{expected}; got {got}; check link.address", permanent=True)
-    got = f"one by {names.issuer} ({error.verify_message})"
+    return foreign(names, route, expected=expected, why=f" ({error.verify_message})")
+
+
+def foreign(
+    names: ShownNames, route: Route, *, expected: str = "expected a server certificate of a federation", why: str = ""
+) -> RouteError:
+    """Return what a certificate means that is no federation's."""
     hint = (
         f"a proxy on the way opens TLS, so ask your network team to exempt {route.address} from inspection, "
         "or link.address is another server's"
     )
-    return RouteError(f"{expected}; got {got}; {hint}", permanent=True)
+    return RouteError(f"{expected}; got one by {names.issuer}{why}; {hint}", permanent=True)
 
 
 def seen_names(route: Route) -> ShownNames:

@@ -15,6 +15,7 @@ from fedtune.link.client.handshake import (
     Route,
     connect,
     first_bytes,
+    foreign,
     printable_names,
     rejection,
     route_of,
@@ -128,6 +129,8 @@ class Walk:
         """Begin TLS, and wait for what a server does that rejects this site's certificate."""
         self._tls = self._stack.enter_context(shake_hands(self._connection, self._route, self._identity))
         names = printable_names(self._tls.getpeercert(binary_form=True) or b"")
+        if self._identity is None and not names.is_party:
+            raise foreign(names, self._route)
         version, self._agreed = self._tls.version(), self._tls.selected_alpn_protocol()
         try:
             self._begun = first_bytes(self._tls)
@@ -135,7 +138,7 @@ class Walk:
             # Without a certificate of its own a site is not let in; what it came for has been seen.
             if self._identity is not None:
                 raise error if isinstance(error, RouteError) else rejection(error) from None
-        verified = "verified" if self._identity is not None else "not verified, for this site has no identity yet"
+        verified = "verified" if self._identity is not None else "not verified without an identity"
         hosts = ", ".join(names.hosts[:4]) or "no host"
         return f"{version}, certificate for {hosts} by {names.issuer}, {verified}"
 

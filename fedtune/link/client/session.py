@@ -13,7 +13,7 @@ from hashlib import sha256
 
 import grpc
 
-from fedtune.errors import ConfigError, Fault, WireError
+from fedtune.errors import ConfigError, Fault, TemporaryError, WireError
 from fedtune.link.audit_log import RecordEvent
 from fedtune.link.client.backoff import Backoff
 from fedtune.link.client.channel import LinkStub
@@ -22,7 +22,7 @@ from fedtune.link.client.server_limits import within_ranges
 from fedtune.link.envelopes import PROTOCOL, build_version, expect_fields, verify_envelope
 from fedtune.link.pki.identity import Identity, expiry_warnings
 from fedtune.link.pki.roster import Party, Roster, RosterFile, check_successor, decode, find_party
-from fedtune.link.rejections import RejectionError, one_line
+from fedtune.link.rejections import RejectionError, describe, one_line
 from fedtune.store.files import write_bytes
 from fedtune.wire.v1 import link_pb2 as pb
 
@@ -93,7 +93,7 @@ class Session:
         """Say hello, and return what the server says, verified.
 
         Args:
-            wait: whether to go on until the server has a roster that is valid here, or to give up.
+            wait: whether to go on until the server takes this site and has a roster that is valid here, or to give up.
 
         Raises:
             ConfigError: if the server does not take this client, or is not the one it should be.
@@ -104,6 +104,8 @@ class Session:
             reply = self._calls.hello(request, timeout=CALL_S)
             # Some refusals pass: an expired roster is renewed at the server without a restart here.
             if reply.HasField("refusal"):
+                if not wait and reply.refusal.passing:
+                    raise TemporaryError(Fault("", "a server that takes this site now", describe(reply.refusal)))
                 self._backoff.wait_after_refusal(reply.refusal)
                 continue
             if reply.roster:

@@ -11,7 +11,7 @@ from fedtune.link.settings import JoinSettings
 from tests.link.ceremony import enroll_parties
 from tests.link.federation import free_port
 from tests.link.link_server import run_link_server
-from tests.link.middlebox import listening, proxying
+from tests.link.middlebox import ending_tls, listening, own_certificate, proxying
 
 
 def test_each_step_to_a_server_that_fails_is_named(tmp_path: Path) -> None:
@@ -65,3 +65,7 @@ def test_the_steps_before_a_site_is_enrolled(tmp_path: Path) -> None:
         steps = list(walk(None, JoinSettings(f"localhost:{running.port}")))
     assert [step.name for step in steps if step.ok] == ["name", "port", "TLS", "HTTP/2"]
     assert "by CN=care CA, not verified" in steps[2].text
+    with listening(ending_tls(*own_certificate(tmp_path, "Inspection CA"), protocols=("h2",))) as box:
+        last = list(walk(None, JoinSettings(f"localhost:{box.port}")))[-1]
+    assert (last.name, last.ok) == ("TLS", False)
+    assert "got one by CN=Inspection CA; a proxy on the way opens TLS" in last.text
