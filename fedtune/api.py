@@ -102,6 +102,7 @@ def simulate(
     planner: Planner | Callable[[PlannerInputs], Planner] | None = None,
     model: Any | None = None,
     data: Any | None = None,
+    trainer: Callable[..., object] | Mapping[str, Callable[..., object]] | None = None,
     watch: Watch | None = None,
 ) -> Run:
     """Run a recipe with all its clients on this machine, and return the run.
@@ -123,6 +124,9 @@ def simulate(
             flwr-datasets with its data set, or the two as a pair: its parts are client-0, client-1, ... Or one
             `datasets.Dataset`, a `DatasetDict` with `train` and perhaps `test`, or a list of rows, which
             `data.split` divides.
+        trainer: a function that trains the adapter of every client in place of fedtune, or by client name such
+            functions: (`peft.PeftModel`, `TrainingData`, `TrainingOrder`) of `fedtune.client.own_trainer`. In place
+            of `client.trainer`; clients that a mapping leaves out train as the recipe says.
         watch: called with each event of `fedtune.rounds.events`; without it progress and remarks are written to
             standard error, as the command line writes them. `lambda event: None` is silent.
 
@@ -132,7 +136,8 @@ def simulate(
         StoreError: if the run directory cannot be written.
     """
     began = time.perf_counter()
-    objects = check_objects(Objects(method=method, planner=planner, model=model, data=data))
+    given = Objects(method=method, planner=planner, model=model, data=data, trainer=trainer)
+    objects = check_objects(given)
     if resume is not None:
         return _resume(Path(resume), recipe, objects, overrides=overrides, watch=watch, began=began)
     if recipe is None:
@@ -197,6 +202,11 @@ def check_objects(objects: Objects) -> Objects:
             objects = replace(objects, data=given_rows(objects.data))  # once: a partitioner may draw anew each time
         except ConfigError as error:
             faults += error.faults
+    trainers = objects.trainer.values() if isinstance(objects.trainer, Mapping) else [objects.trainer]
+    for wrong in [one for one in trainers if one is not None and not callable(one)]:
+        expected = "a function of a peft.PeftModel, the data and the order, or such functions by client"
+        hint = "its name belongs in the recipe, as client.trainer" if isinstance(wrong, str) else ""
+        faults.append(Fault("trainer", expected, type_of(wrong), hint))
     if faults:
         raise ConfigError(faults)
     return objects

@@ -90,6 +90,9 @@ class Training:
     dpo_beta: Annotated[float, Gt(0)] = field(default=0.1, metadata={**ON_SERVER, **OMIT_DEFAULT})
     """DPO's beta, with the objective dpo: how strongly a client is held to the base; the smaller, the further a pair of
     answers is moved apart before it counts as learned."""
+    trainer: str | None = field(default=None, metadata={**ON_SERVER, **OMIT_DEFAULT})
+    """In a simulation, a function that trains the adapter in place of fedtune: `package.module:function`, which Python
+    can import. none: fedtune trains. A site names its own in its own file; no server can."""
 
     @property
     def rate(self) -> float:

@@ -257,6 +257,7 @@ def test_a_module_that_seeds_torch_gives_its_generators_back() -> None:
 
 WHOLESALE = {
     "fedtune/evaluation/confined.py",
+    "fedtune/client/own_trainer.py",
     "fedtune/flower/client_app.py",
     "fedtune/edge/tokenizer.py",
     "fedtune/link/client/jobs.py",

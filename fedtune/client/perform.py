@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from fedtune.client.own_trainer import OwnTrainer, train_by_trainer
 from fedtune.client.personal_state import StateFolder
 from fedtune.client.personal_training import attach, train_personal
 from fedtune.client.seeds import work_along_seeds
@@ -76,6 +77,7 @@ def perform(
     shares: Shares = ALONE,
     max_bytes: int | None = None,
     personal: StateFolder | None = None,
+    own: OwnTrainer | None = None,
 ) -> ClientUpdate:
     """Do what an assignment asks on so many CPU threads, and return the update; the base is afterwards as before.
 
@@ -84,7 +86,7 @@ def perform(
     The losses before and after are those of rows that the client holds out, or of training rows if it holds out none.
     With shares the steps of an adapter's training are divided among several processes, each of which calls this.
     `max_bytes` is what this process may take in all; None: what the machine has. `personal` is where the client's own
-    model of earlier rounds lies, and where this round's goes.
+    model of earlier rounds lies, and where this round's goes. `own` trains in place of fedtune's own training.
 
     Raises:
         ClientError: if the base is another, the training fails, or the client holds no example.
@@ -96,6 +98,10 @@ def perform(
     head = replicas.head(assignment.probe) if isinstance(assignment.task, SeedTask) else {}
     terms = assignment.task.terms if isinstance(assignment.task, TrainLora) else ()
     check_rows(examples, terms, assignment.plan.client)
+    if own is not None and not isinstance(assignment.task, TrainLora):
+        expected = "an order to train a LoRA adapter, which is what a trainer of its own does"
+        got = f"one of the method {assignment.method!r}"
+        raise ClientError(f"{assignment.plan.client}: expected {expected}; got {got}; leave client.trainer out")
     with libraries.threads(threads), with_head(base, head) as base:
         match assignment.task:
             case ProbeSeeds() | DescendSeeds():
@@ -104,7 +110,7 @@ def perform(
                 check_base(assignment, base)
                 return sum_classes(base, examples, assignment, on_step=on_step)
             case TrainLora() as task:
-                return train_adapter(base, examples, assignment, task, held_out, on_step, shares, personal)
+                return train_adapter(base, examples, assignment, task, held_out, on_step, shares, personal, own)
 
 
 def train_adapter(
@@ -116,6 +122,7 @@ def train_adapter(
     on_step: OnStep = no_steps,
     shares: Shares = ALONE,
     personal: StateFolder | None = None,
+    own: OwnTrainer | None = None,
 ) -> ClientUpdate:
     """Train the adapter of an assignment on the client's examples, in a pruned model if the task says so."""
     refuse_unsupported(assignment.plan, task, shares)
@@ -134,10 +141,16 @@ def train_adapter(
         check_packing(base)
     # Which parameters are trained in full is the site's own word: any other would be trained and sent as well.
     if strange := sorted(task.blobs.get("saved", {}).keys() - set(base.saved)):
-        own = ", ".join(base.saved) or "none"
-        raise ShapeError(f"{strange[0]}: expected parameters that this client trains in full ({own}); got another")
+        names = ", ".join(base.saved) or "none"
+        raise ShapeError(f"{strange[0]}: expected parameters that this client trains in full ({names}); got another")
     with report_out_of_memory(plan.client, plan.training.batch):
-        if task.pruning is not None:
+        if own is not None:
+            rows = loss_rows(examples, held_out, plan.client, count=num_loss_rows(examples_seen(plan.training)))
+            initial = start(task, plan, base.modules)
+            outcome = train_by_trainer(own, base, examples, assignment, initial, rows, on_step)
+            learned = LocalTraining(initial, outcome.final, outcome.saved, outcome.measured, None)
+            result, measured = lora_result(base, assignment, task, learned), outcome.measured
+        elif task.pruning is not None:
             result, measured = train_pruned(base, examples, assignment, task, task.pruning, held_out, on_step)
         elif task.personal is not None:
             result, measured = train_with_own(base, examples, assignment, task, held_out, on_step, personal)
@@ -208,6 +221,9 @@ def check_base(assignment: Assignment, base: Base) -> None:
     Raises:
         ClientError: naming both.
     """
+    if base.spoiled:
+        client, why = assignment.plan.client, base.spoiled[0]
+        raise ClientError(f"{client}: expected the base as it was loaded; got another, since {why}; start anew")
     if assignment.base and assignment.base != base.digest:
         raise ClientError(
             f"{assignment.plan.client}: expected base {assignment.base[:12]}; has {base.digest[:12]} ({base.name}); "

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.client.data_checks import check_examples
+from fedtune.client.named_trainer import own_trainer
+from fedtune.client.own_trainer import OwnTrainer
 from fedtune.client.perform import perform
 from fedtune.client.personal_state import StateFolder, client_folder
 from fedtune.client.scoring import score
@@ -19,7 +21,7 @@ from fedtune.client.speed import seconds_per_tflop
 from fedtune.client.worker_process import payload
 from fedtune.config import Recipe, bind
 from fedtune.config.plugins import plugin_rows
-from fedtune.config.recipe import PYTHON, Objects, missing_object, resources, sized_adapter
+from fedtune.config.recipe import PYTHON, Objects, missing_object, resources, sized_adapter, trainer_of
 from fedtune.config.site import bind_site, own_shard, targeted_layers
 from fedtune.data.encode import Example, depends_on_date
 from fedtune.data.federation import Federation, federate, with_class_order
@@ -81,6 +83,8 @@ class Site:
     """Of its own models in the run that it works for; None where none can be stored."""
     shared: SharedWork | None = None
     """The processes beside this one that its training is divided among."""
+    own: OwnTrainer | None = None
+    """Trains its adapter in place of fedtune."""
 
     @property
     def max_bytes(self) -> int | None:
@@ -150,6 +154,7 @@ class Site:
             on_step=self.on_step,
             max_bytes=site.max_bytes,
             personal=self.personal,
+            own=self.own,
         )
         shared = site.shared
         update = shared.perform(assignment, lambda s: work(shares=s), threads=site.threads) if shared else work()
@@ -173,7 +178,8 @@ class Site:
 
     def in_run(self, folder: Path) -> Site:
         """Return the client with the folder of a run at this site, where it stores models of its own."""
-        return replace(self, personal=StateFolder(folder / "personal"))
+        own = replace(self.own, folder=folder / "trainer") if self.own else None
+        return replace(self, personal=StateFolder(folder / "personal"), own=own)
 
 
 # Cached in this module and not in an app object: Ray pickles the app with every message, and a base inside of it would
@@ -243,16 +249,23 @@ def from_file(path: str, labels: tuple[str, ...] = (), date: str = "") -> Site:
 
 
 def simulated_site(
-    recipe: str, node_config: Mapping[str, Any], run_config: Mapping[str, Any], personal: str = ""
+    recipe: str,
+    node_config: Mapping[str, Any],
+    run_config: Mapping[str, Any],
+    personal: str = "",
+    trainers: str = "",
 ) -> Site:
     """Return the client of a recipe, in TOML or as a path, for a node of Flower's simulation engine.
 
-    `personal` is the folder of the clients' own models; empty where none can be stored.
+    `personal` is the folder of the clients' own models, and `trainers` that of what their own trainers store; empty
+    where none can be stored.
 
     Raises:
         ConfigError: if the recipe is wrong, or has fewer clients than there are nodes.
     """
     site = simulated_client(recipe, int(node_config["partition-id"]), "")
+    if site.own is not None and trainers:
+        site = replace(site, own=replace(site.own, folder=client_folder(Path(trainers), site.client).path))
     return replace(site, personal=client_folder(Path(personal), site.client)) if personal else site
 
 
@@ -277,6 +290,7 @@ def simulated_client(recipe: str, place: int, date: str) -> Site:
         shard.held_out,
         date=written_day(bound.model, bound.data, federation, base),
         reload=lambda labels, day: simulated_client(recipe, place, day),
+        own=own_trainer(trainer_of(bound, name), quotes=True),
     )
 
 

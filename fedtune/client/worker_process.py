@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fedtune.client.named_trainer import own_trainer
 from fedtune.client.perform import perform
 from fedtune.client.personal_state import client_folder
 from fedtune.data import transfer
@@ -39,6 +40,8 @@ def payload(
     base: str = "",
     held_out: Mapping[str, Sequence[Example]] | None = None,
     personal: Path | None = None,
+    trainers: Mapping[str, str] | None = None,
+    trainer_folder: Path | None = None,
 ) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
     """Return (settings, examples by client), the arguments of `prepare` as JSON and bytes.
 
@@ -52,6 +55,8 @@ def payload(
         base: digest that the base must have; empty accepts any, and that of each assignment is checked all the same.
         held_out: held-out examples by client; only as many of them are sent as losses are measured on.
         personal: folder of the clients' own models; None where none can be stored.
+        trainers: by client, the name of the function that trains it in place of fedtune.
+        trainer_folder: in which these may store something; None where nothing can be stored.
     """
     spec = {
         "model": asdict(model),
@@ -61,6 +66,8 @@ def payload(
         "labels": list(labels),
         "base": base,
         "personal": str(personal.resolve()) if personal else "",
+        "trainers": dict(trainers or {}),
+        "trainer_folder": str(trainer_folder.resolve()) if trainer_folder else "",
     }
     parts = {f"{TRAIN}{name}": rows for name, rows in examples.items()}
     # The same rows as without worker processes, where all are at hand: drawn from no more than these, they are these.
@@ -93,6 +100,7 @@ def prepare(spec: Mapping[str, Any], parts: Mapping[str, memoryview]) -> Prepare
 
     def make_worker(place: int) -> PerformBytes:
         resident, replicas = base_on_device(base, torch.device(devices[place % len(devices)])), Replicas()
+        trainers, folder = spec["trainers"], spec["trainer_folder"]
 
         def work(assignment: Assignment, threads: int) -> ClientUpdate:
             name = assignment.plan.client
@@ -105,6 +113,11 @@ def prepare(spec: Mapping[str, Any], parts: Mapping[str, memoryview]) -> Prepare
                 replicas=replicas,
                 held_out=held_out,
                 personal=client_folder(Path(spec["personal"]), name) if spec["personal"] else None,
+                own=own_trainer(
+                    trainers.get(name),
+                    folder=client_folder(Path(folder), name).path if folder else None,
+                    quotes=True,
+                ),
             )
 
         return work

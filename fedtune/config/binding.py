@@ -140,6 +140,8 @@ def with_objects(table: Mapping[str, Any], objects: Objects) -> Mapping[str, Any
     data = tables.get("data")
     if isinstance(data, Mapping) and data.get("format") == "plugin":
         tables["data"] = {"split": {"kind": "key", "by": GROUP}, **data}
+    if objects.trainer is not None and isinstance(tables.get("client", {}), Mapping):
+        tables["client"] = {**tables.get("client", {}), "trainer": PYTHON}
     if objects.planner is not None:
         tables["planner"] = {"name": PYTHON, "type": type_name(objects.planner)}
     return tables

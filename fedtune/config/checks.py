@@ -25,6 +25,7 @@ from fedtune.config.recipe import Recipe, method_type_of, requested_verbs
 from fedtune.config.search_checks import search_faults
 from fedtune.config.split_checks import match_faults
 from fedtune.config.tables import apply_rule
+from fedtune.config.trainer_checks import names_trainer, trainer_faults
 from fedtune.config.verb_checks import (
     accumulator_faults,
     client_steps_faults,
@@ -407,7 +408,9 @@ def robust_faults(recipe: Recipe) -> Iterator[Fault]:
 def object_faults(recipe: Recipe) -> Iterator[Fault]:
     """Yield the Python objects that an engine's worker processes would need and cannot be given."""
     names = [name for name, value in vars(recipe.objects).items() if value is not None]
-    alone = {"processes": [name for name in names if name == "model"], "ray": names}.get(recipe.engine.name, [])
+    alone = {"processes": [name for name in names if name in ("model", "trainer")], "ray": names}.get(
+        recipe.engine.name, []
+    )
     if alone:
         got = f"{quote(recipe.engine.name)} with {join_words(f'{name}=' for name in alone)}"
         hint = "worker processes load by name what a Python object gives to this process alone"
@@ -441,6 +444,7 @@ def training_apart(recipe: Recipe) -> Mapping[str, str]:
         "client.packing": (recipe.client.packing, "true"),
         "client.proximal": (recipe.client.proximal > 0, f"{recipe.client.proximal:g}"),
         "client.objective": (recipe.client.objective != "likelihood", quote(recipe.client.objective)),
+        "client.trainer": (names_trainer(recipe), "one"),
         "pruning": (recipe.pruning is not None, "that table"),
         "personal": (recipe.personal is not None and recipe.personal.has_state, "that table"),
     }
@@ -455,6 +459,7 @@ def shared_work_faults(recipe: Recipe) -> Iterator[Fault]:
         "engine.name": (recipe.engine.name != "inprocess", quote(recipe.engine.name)),
         "method.name": (method_type_of(recipe).task is not TrainLora, quote(recipe.method.name)),
         "pruning": (recipe.pruning is not None, "that table"),
+        "client.trainer": (names_trainer(recipe), "one"),
         "a model given as a Python object": (recipe.objects.model is not None, "one"),
     }
     for path, (there, got) in reasons.items():
@@ -468,6 +473,7 @@ RULES: Sequence[Rule] = (
     torch_device_faults,
     quantised_base_faults,
     target_faults,
+    trainer_faults,
     adapter_kind_faults,
     pooling_faults,
     head_faults,

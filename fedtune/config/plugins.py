@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar, cast
 
@@ -93,6 +94,28 @@ def plugin_rows(settings: DataSettings) -> Mapping[str, Any]:
         got = f"{type_of(rows)}{'' if rows else ' without any'}"
         raise ConfigError(Fault("data.source", f"rows by client from {entry_text(entry)}", got, repair(entry)))
     return rows
+
+
+def import_function(name: str, *, path: str) -> Callable[..., object]:
+    """Return the function that a file names as `package.module:function`; `path` is the file's key for messages.
+
+    Raises:
+        ConfigError: if Python cannot import it, or it is no function.
+    """
+    module, _, attribute = name.partition(":")
+    expected = "a function that Python can import, as package.module:function"
+    hint = "install its package, or put its folder on PYTHONPATH"
+    if not module or not attribute:
+        raise ConfigError(Fault(path, expected, repr(name)))
+    try:
+        named: Any = import_module(module)
+        for part in attribute.split("."):
+            named = getattr(named, part)
+    except BROKEN as error:
+        raise ConfigError(Fault(path, expected, f"{name!r}, {type(error).__name__}: {error}", hint)) from error
+    if not callable(named):
+        raise ConfigError(Fault(path, expected, f"{name!r}, which is {type_of(named)}"))
+    return cast(Callable[..., object], named)
 
 
 def entry_points_of(group: str, own: Mapping[str, Any]) -> Mapping[str, EntryPoint]:

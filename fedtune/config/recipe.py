@@ -105,6 +105,8 @@ class Objects:
     """A `Base`, or a transformers model and its tokenizer."""
     data: Any | None = None
     """Rows by client, a data set to divide, or a partitioner: what `data.given.given_rows` reads."""
+    trainer: Any | None = None
+    """A function that trains in place of fedtune, or by client such functions; see `client.own_trainer.Function`."""
 
 
 class NamedSettings(Protocol):
@@ -308,6 +310,14 @@ def sized_adapter(recipe: Recipe) -> AdapterSettings:
     `all-linear` leaves out the layers that are too small for it, and must leave out the same ones for every client.
     """
     return replace(recipe.adapter, rank=largest_rank(recipe))
+
+
+def trainer_of(recipe: Recipe, client: str) -> Any | None:
+    """Return what trains a client's adapter in place of fedtune: a function, or the name of one; None: fedtune does."""
+    given = recipe.objects.trainer
+    if given is None:
+        return planned_training(recipe, client)[1].trainer
+    return given.get(client) if isinstance(given, Mapping) else given
 
 
 def method_of(recipe: Recipe) -> Method[Any]:

@@ -158,6 +158,16 @@ class Base:
         return {}
 
     @cached_property
+    def checksums(self) -> Mapping[str, int]:
+        """A number by parameter that changes with its bits; read it before anything can have written to them."""
+        return {name: sum_bits(parameter) for name, parameter in self.model.named_parameters()}
+
+    @cached_property
+    def spoiled(self) -> list[str]:
+        """Why the weights are not those that were loaded any more; empty as long as they are."""
+        return []
+
+    @cached_property
     def packs(self) -> bool:
         """Whether examples may share a row (`client.packing`); read it before adapters are attached."""
         return self.task == "causal" and self.virtual is None and packs(self.model, self.positions)
@@ -502,6 +512,16 @@ def digest(model: nn.Module, *, leave_out: Sequence[str] = ()) -> str:
             # Viewed as bytes: numpy has no bfloat16.
             sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def sum_bits(tensor: torch.Tensor) -> int:
+    """Return the sum of a tensor's bits as whole numbers, modulo 2^64: another one after almost any change.
+
+    It reads the tensor once. It finds what a program changes by mistake, and proves nothing of one that hides it.
+    """
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    flat = tensor.detach().contiguous().view(-1)
+    return int(flat.view(whole).sum(dtype=torch.int64)) if tensor.numel() else 0
 
 
 def manifest_of(model: nn.Module) -> Manifest:

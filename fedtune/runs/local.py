@@ -14,6 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fedtune.client.batched import LARGEST, Batched, Resident
+from fedtune.client.named_trainer import own_trainer
+from fedtune.client.own_trainer import OwnTrainer
 from fedtune.client.perform import perform
 from fedtune.client.personal_scoring import score_own
 from fedtune.client.personal_state import client_folder
@@ -24,10 +26,22 @@ from fedtune.config import Recipe, render
 from fedtune.config.checks import training_apart
 from fedtune.config.personal_checks import check_scored
 from fedtune.config.personal_requests import personal_request
+from fedtune.config.plugins import import_function
 from fedtune.config.preference_checks import rows_faults
-from fedtune.config.recipe import largest_rank, method_of, possible_verbs, resources, sized_adapter
+from fedtune.config.recipe import (
+    PYTHON,
+    largest_rank,
+    method_of,
+    missing_object,
+    possible_verbs,
+    resources,
+    sized_adapter,
+    trainer_of,
+)
+from fedtune.config.trainer_checks import names_trainer
 from fedtune.data.encode import Example, depends_on_date
 from fedtune.data.federation import Federation, Shard, digest
+from fedtune.data.given import given_rows
 from fedtune.data.limits import longest
 from fedtune.data.partition_file import write_division
 from fedtune.errors import ConfigError, Fault
@@ -72,6 +86,8 @@ class Experiment:
     base: Base
     personal: Path | None = None
     """Folder of the clients' own models; None where none of them can be stored."""
+    trainers: Path | None = None
+    """Folder in which the clients' own trainers may store something, likewise."""
 
     @property
     def fleet(self) -> Mapping[str, int]:
@@ -120,7 +136,9 @@ class Experiment:
 
 
 def with_personal_folder(experiment: Experiment, run: Path) -> Experiment:
-    """Return an experiment whose simulated clients store models of their own below a run's directory, if they do."""
+    """Return an experiment whose simulated clients store what is their own below a run's directory, if they do."""
+    if names_trainer(experiment.recipe):
+        experiment = replace(experiment, trainers=run / "trainers")
     return experiment if experiment.recipe.personal is None else replace(experiment, personal=run / "personal")
 
 
@@ -168,6 +186,7 @@ def prepare(
         # Before anything is loaded; over a network updates come when they come.
         raise buffer.no_clock()
     check_scored(recipe)
+    import_trainers(recipe)
     data = replace(recipe.data, date=recipe.data.date or date.today().isoformat())
     if loaded is not None:
         federation, base = loaded.federation, loaded.base
@@ -219,6 +238,21 @@ def prepare(
     first_round(recipe, experiment.blueprint, federation.labels)
     experiment.devices.planner(experiment.blueprint)
     return experiment
+
+
+def import_trainers(recipe: Recipe) -> None:
+    """Import every function that trains clients in place of fedtune, before data and base are loaded.
+
+    Raises:
+        ConfigError: if Python cannot import one, or it was a Python object that is not given again.
+    """
+    if recipe.client.trainer == PYTHON and recipe.objects.trainer is None:
+        raise ConfigError(missing_object("trainer"))
+    for path, name in [("client", recipe.client.trainer)] + [
+        (f"override.{place}", override.training.get("trainer")) for place, override in enumerate(recipe.override)
+    ]:
+        if name is not None and name != PYTHON:
+            import_function(name, path=f"{path}.trainer")
 
 
 def no_check(federation: Federation, sizes: Callable[[], Base]) -> None:
@@ -429,6 +463,7 @@ def in_process(experiment: Experiment, shared: SharedWork | None = None) -> InPr
     """Return the engine that runs clients over this process's base: one after the other, or several at once."""
     recipe, shards = experiment.recipe, experiment.federation.clients
     replicas = Replicas()
+    own_trainers = {name: own_trainer_of(experiment, name) for name in shards}
 
     def work(name: str, assignment: Assignment) -> ClientUpdate:
         shard, threads = shards[name], resources(recipe, name).threads
@@ -441,11 +476,16 @@ def in_process(experiment: Experiment, shared: SharedWork | None = None) -> InPr
             replicas=replicas,
             held_out=shard.held_out,
             personal=client_folder(experiment.personal, name) if experiment.personal else None,
+            own=own_trainers[name],
         )
         return shared.perform(assignment, lambda shares: own(shares=shares), threads=threads) if shared else own()
 
     works = {name: partial(work, name) for name in shards}
-    at_once = 1 if shared else batched_clients(recipe.engine.batch_clients, experiment.base.device.type)
+    at_once = (
+        1
+        if shared or any(own_trainers.values())
+        else batched_clients(recipe.engine.batch_clients, experiment.base.device.type)
+    )
     if at_once == 1:
         return InProcess(fleet=clients(experiment), work=works)
     residents = {
@@ -453,6 +493,18 @@ def in_process(experiment: Experiment, shared: SharedWork | None = None) -> InPr
     }
     together = Batched(experiment.base, residents, most=at_once)
     return InProcess(fleet=clients(experiment), work=works, together=together, at_once=at_once)
+
+
+def own_trainer_of(experiment: Experiment, client: str) -> OwnTrainer | None:
+    """Return what trains a client's adapter in place of fedtune; None where fedtune does."""
+    recipe, folder = experiment.recipe, experiment.trainers
+    given = recipe.objects.data
+    return own_trainer(
+        trainer_of(recipe, client),
+        rows=None if given is None else given_rows(given).by_client.get(client),
+        folder=client_folder(folder, client).path if folder else None,
+        quotes=True,
+    )
 
 
 def batched_clients(setting: Literal["auto"] | int, device: str) -> int:
@@ -495,6 +547,8 @@ def payload_of(experiment: Experiment) -> tuple[Mapping[str, Any], Mapping[str, 
         base=experiment.base.digest,
         held_out={name: shard.held_out for name, shard in shards.items()},
         personal=experiment.personal,
+        trainers={name: given for name in shards if isinstance(given := trainer_of(recipe, name), str)},
+        trainer_folder=experiment.trainers,
     )
 
 
@@ -518,8 +572,9 @@ def ray(experiment: Experiment) -> AbstractContextManager[Transport]:
 
     recipe, number = experiment.recipe, min(workers(experiment), len(experiment.fleet))
     gpus = 0.0 if experiment.base.device.type == "cpu" else min(1.0, len(devices_of(experiment.base.device)) / number)
+    folders = (str(experiment.personal or ""), str(experiment.trainers or ""))
     return ray_transport(
-        client_app(partial(simulated_site, render(recipe), personal=str(experiment.personal or ""))),
+        client_app(partial(simulated_site, render(recipe), personal=folders[0], trainers=folders[1])),
         clients=len(experiment.fleet),
         workers=number,
         share=Share(threads=recipe.model.threads, gpus=gpus),

@@ -110,6 +110,8 @@ OVERLAPPING = st.one_of(
     st.builds(AsyncSettings, buffer=st.just(1), send=SENDING, **SHARES),
     st.builds(AsyncSettings, trigger=st.just("time"), budget_s=st.floats(1e-3, 1e9), **SHARES),
 )
+ALONE = ("objective", "dpo_beta", "trainer")
+"""Keys of `client` that go with few others; the first two are drawn below."""
 LENGTHS = st.sampled_from([(3, None), (None, 0.5)])
 RATES = st.floats(1e-9, 1.0)
 """Where the first round measures none."""
@@ -118,7 +120,7 @@ CHANGES = st.fixed_dictionaries(
     optional={
         name: anything(hint)
         for name, hint in get_type_hints(Training, include_extras=True).items()
-        if name not in ("batch", "steps", "epochs", "optimizer", "momentum", "learning_rate", "objective", "dpo_beta")
+        if name not in ("batch", "steps", "epochs", "optimizer", "momentum", "learning_rate", *ALONE)
     }
     | {"learning_rate": RATES},
 )
@@ -206,10 +208,10 @@ def recipes(draw: st.DrawFn) -> Recipe:
     beginning |= {"head": head} | ({"start": None} if head == "lda" else {})
     steady = {"final_rate": Schedule.final_rate} if rounds.schedule == "constant" else {}
     packing: dict[str, Any] = {} if task == "causal" else {"packing": False}
-    objective: dict[str, Any] = {"objective": "likelihood", "dpo_beta": Training.dpo_beta}
+    objective: dict[str, Any] = {"objective": "likelihood", "dpo_beta": Training.dpo_beta, "trainer": None}
     if task == "causal" and adapts and metric == "loss" and draw(st.booleans()):
         # Pairs of answers are neither packed nor compared with anything but the base.
-        objective = {"objective": "dpo", "dpo_beta": draw(st.floats(1e-9, 1e9))}
+        objective |= {"objective": "dpo", "dpo_beta": draw(st.floats(1e-9, 1e9))}
         packing, beginning = {"packing": False}, beginning | {"start": None}
     answers = {"loss_on": "completion"} if objective["objective"] == "dpo" else {}
     unquantised = st.sampled_from(["auto", "float32", "bfloat16"]).map(lambda dtype: {"dtype": dtype} | PLAIN)
