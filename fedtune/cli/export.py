@@ -21,6 +21,7 @@ EXAMPLES = examples(
     "fedtune export runs/demo --form merged --out my-model",
     "fedtune export runs/demo --round last --out last",
     "fedtune export runs/demo --form uniform --max-rank 16",
+    "fedtune export runs/notes --client hospital-b",
     "fedtune export runs/dolly-kseed --form ledger",
     "fedtune export runs/fedspine --deploy",
     "fedtune export runs/fedspine --deploy --ratio 0.25 --ratio 0.5 --out models",
@@ -66,6 +67,10 @@ def export(
     ] = None,
     round: Annotated[
         str | None, typer.Option(help="best or last; the round that the recipe keeps (rounds.keep) without it.")
+    ] = None,
+    client: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of a run with [personal]: this client's own model, into RUN/FORM-NAME."),
     ] = None,
     deploy: Annotated[
         bool, typer.Option("--deploy", help="Of a run with pruning: the smaller model that each kind of device gets.")
@@ -145,9 +150,11 @@ def export(
         deploy=deploy,
         alone={"--identity": identity, "--runtime": runtime},
         forms={"--form": form, "--max-rank": max_rank},
-        others={"--out": out, "--round": round},
+        others={"--out": out, "--round": round, "--client": client},
         ratio=bool(ratio),
     )
+    if client is not None and (deploy or plug_back is not None or form == "emulator"):
+        raise typer.BadParameter("expected it beside --form peft, uniform or merged", param_hint="--client")
     with report_errors(debug):
         if form == "emulator":
             offsite.refuse_beside_emulator({"--max-rank": max_rank, "--round": round, "--plug-back": plug_back})
@@ -184,7 +191,7 @@ def export(
             "export",
             True,
             lambda watch: export_module.export(
-                run, form=form, out=out, max_rank=max_rank, dtype=dtype, round=round, watch=watch
+                run, form=form, out=out, max_rank=max_rank, dtype=dtype, round=round, client=client, watch=watch
             ),
         )
         typer.echo(folder)

@@ -326,6 +326,11 @@ def known_cohort(recipe: Recipe) -> int | None:
 def remarks(rules: Policy, recipe: Recipe, demand: TaskDemand) -> Sequence[str]:
     """Return what only the rounds will show: whether they have as many clients as the policy asks for."""
     least = recipe.rounds.min_clients
+    if recipe.asynchronous is not None and rules.min_cohort > 1:
+        return (
+            f"policy.min_cohort: asynchronous rounds name no other client, so with {rules.min_cohort} this site "
+            "declines every order; stay out of the run, or set it to 1",
+        )
     if demand.cohort is not None or rules.min_cohort <= max(1, least):
         return ()
     # `min_clients` counts updates that are used, the policy clients that are asked: fewer are never asked.

@@ -21,16 +21,15 @@ from fedtune.rounds.live_courier import LiveCourier
 from fedtune.rounds.loop import (
     RoundResult,
     changed_assignments,
+    commit,
     make_request,
     nothing_fits,
     reachable,
-    without_blobs,
-    without_tensors,
 )
 from fedtune.rounds.pending import Courier, Pending, SimulatedCourier, pending_of
-from fedtune.rounds.schedule import rate_share, sample
+from fedtune.rounds.schedule import sample
 from fedtune.rounds.transport import LiveTransport
-from fedtune.rounds.weights import cap_note, counted_examples, public_weights
+from fedtune.rounds.weights import cap_note, public_weights
 
 
 def run(context: RoundContext, *, start: Any | None = None, clock_s: float = 0.0) -> Iterator[RoundResult]:
@@ -299,27 +298,13 @@ class Buffer:
             used = [name for name in replies.outcomes if name not in failures]
             context.journal.settle(number, used, failures, {name: replies.traffic[name].up for name in failures})
         aggregated, outcomes, staleness = self._aggregate(request, replies, outcomes, norms)
-        # Durable before the result is handed on: what a caller has seen must survive a crash.
-        digest = context.journal.commit(number, aggregated.encoded)
-        for remark in context.method.remarks(aggregated.state):
-            context.watch(Note(f"round {number}: {remark}"))
-        clock = context.clock
-        return RoundResult(
-            round=number,
-            state=aggregated.state,
-            digest=digest,
-            planned=request.planned,
-            assignments={name: without_blobs(order) for name, order in request.assignments.items()},
-            examples=request.enrolled,
-            counted=counted_examples(request.weights, request.enrolled),
-            outcomes={name: without_tensors(outcome) for name, outcome in outcomes.items()},
-            norms={name: size for name, size in norms.items() if isinstance(outcomes[name], AdmittedUpdate)},
-            traffic=replies.traffic,
-            unsolicited=replies.unsolicited,
-            seconds=time.perf_counter() - began,
-            times={name: worker.time for name, (worker, _) in sorted(self._settled.items()) if worker.time is not None},
-            clock_s=self._now_s + (clock.round_seconds({}) if clock else 0.0),
-            rate_share=rate_share(context.schedule, number),
+        times = {name: worker.time for name, (worker, _) in sorted(self._settled.items()) if worker.time is not None}
+        clock_s = self._now_s + (context.clock.round_seconds({}) if context.clock else 0.0)
+        result = commit(
+            context, request, replies, outcomes, norms, aggregated, began=began, times=times, clock_s=clock_s
+        )
+        return replace(
+            result,
             staleness=staleness,
             discounts={name: self._settings.discount(missed) for name, missed in staleness.items() if missed},
             working=tuple(sorted(self.pending)),

@@ -25,11 +25,18 @@ from fedtune.messages import (
 )
 from fedtune.methods import serialization as states
 from fedtune.planning.planner import ClientObservation
-from fedtune.rounds.aggregation import aggregate
+from fedtune.rounds.aggregation import Aggregated, aggregate
 from fedtune.rounds.clock import ClientTime, Clock
 from fedtune.rounds.context import RoundContext
 from fedtune.rounds.events import Note, RoundStarted
-from fedtune.rounds.exchange import Collector, RoundRequest, apply_clock, filter_by_norm, without_refused
+from fedtune.rounds.exchange import (
+    Collector,
+    RoundReplies,
+    RoundRequest,
+    apply_clock,
+    filter_by_norm,
+    without_refused,
+)
 from fedtune.rounds.influence import Bounds
 from fedtune.rounds.journal import InterruptedRound, RoundJournal
 from fedtune.rounds.probe import with_probes
@@ -203,31 +210,60 @@ def run(
         updates = [update for update in outcomes.values() if isinstance(update, AdmittedUpdate)]
         aggregated = aggregate(now, request, state, updates, norms)
         outcomes = without_refused(now, request, replies, outcomes, aggregated.refused)
-        # Durable before the result is handed on: what a caller has seen must survive a crash.
-        state, digest = aggregated.state, journal.commit(request.round, aggregated.encoded)
-        for remark in now.method.remarks(state):
-            context.watch(Note(f"round {request.round}: {remark}"))
-        result = RoundResult(
-            round=request.round,
-            state=state,
-            digest=digest,
-            planned=request.planned,
-            assignments={name: without_blobs(assignment) for name, assignment in request.assignments.items()},
-            examples=request.enrolled,
-            counted=counted_examples(request.weights, request.enrolled),
-            outcomes={name: without_tensors(outcome) for name, outcome in outcomes.items()},
-            norms={name: size for name, size in norms.items() if isinstance(outcomes[name], AdmittedUpdate)},
-            traffic=replies.traffic,
-            unsolicited=replies.unsolicited,
-            seconds=time.perf_counter() - began,
-            times=times,
-            clock_s=clock_s,
-            probes={c.name: (c.s_per_tflop, c.s_per_mb) for c in cohort if has_probe(c)},
-            rate_share=rate_share(context.schedule, request.round),
-        )
+        result = commit(now, request, replies, outcomes, norms, aggregated, began=began, times=times, clock_s=clock_s)
+        result = replace(result, probes={c.name: (c.s_per_tflop, c.s_per_mb) for c in cohort if has_probe(c)})
+        state, digest = result.state, result.digest
         if now is context:
             learned = context.planner.observe(learned, result.observations)
         yield result
+
+
+def commit(
+    context: RoundContext,
+    request: RoundRequest,
+    replies: RoundReplies,
+    outcomes: Mapping[str, Outcome],
+    norms: Mapping[str, float],
+    aggregated: Aggregated,
+    *,
+    began: float,
+    times: Mapping[str, ClientTime],
+    clock_s: float,
+) -> RoundResult:
+    """Make the state after a round durable, and return the round's result.
+
+    Args:
+        context: of the round.
+        request: what its clients were asked.
+        replies: what they sent.
+        outcomes: what became of that.
+        norms: of the updates' changes.
+        aggregated: the next state.
+        began: when the round did, of `time.perf_counter`.
+        times: by client, where they are known.
+        clock_s: seconds of the run after the round.
+    """
+    # Durable before the result is handed on: what a caller has seen must survive a crash.
+    digest = context.journal.commit(request.round, aggregated.encoded)
+    for remark in context.method.remarks(aggregated.state):
+        context.watch(Note(f"round {request.round}: {remark}"))
+    return RoundResult(
+        round=request.round,
+        state=aggregated.state,
+        digest=digest,
+        planned=request.planned,
+        assignments={name: without_blobs(assignment) for name, assignment in request.assignments.items()},
+        examples=request.enrolled,
+        counted=counted_examples(request.weights, request.enrolled),
+        outcomes={name: without_tensors(outcome) for name, outcome in outcomes.items()},
+        norms={name: size for name, size in norms.items() if isinstance(outcomes[name], AdmittedUpdate)},
+        traffic=replies.traffic,
+        unsolicited=replies.unsolicited,
+        seconds=time.perf_counter() - began,
+        times=times,
+        clock_s=clock_s,
+        rate_share=rate_share(context.schedule, request.round),
+    )
 
 
 def planned_cohort(

@@ -23,6 +23,7 @@ from fedtune.rounds.events import Note, Watch
 from fedtune.rounds.selection import best_record
 from fedtune.runs.base_checks import check_base
 from fedtune.runs.context import bind_to_score
+from fedtune.runs.personal_export import folder_name, own_model
 from fedtune.store import manifest, peft, result
 from fedtune.store import seeds as store_seeds
 from fedtune.store.files import new_folder, store_errors
@@ -48,6 +49,7 @@ def export(
     max_rank: int | None = None,
     dtype: str | None = None,
     round: str | None = None,
+    client: str | None = None,
     watch: Watch = lambda event: None,
 ) -> Path:
     """Write a run's result for others to load, and return the folder.
@@ -62,6 +64,7 @@ def export(
         max_rank: cut every layer to its best approximation of this rank.
         dtype: number format of the merged model; the base's own without it.
         round: `best` or `last`; without it the one that the recipe keeps (`rounds.keep`).
+        client: write this client's own model of a run with the table `personal`, to `<run>/<form>-<client>`.
         watch: called with a note of what a truncation or a cast has cost.
 
     Raises:
@@ -71,14 +74,17 @@ def export(
     if form is not None and form not in FORMS:
         raise ConfigError(Fault("form", f"one of {', '.join(FORMS)}", repr(form)))
     path = Path(run)
-    tuned, origin = of_round(path, round) if round else open_run(path)
+    tuned, origin = of_round(path, round) if round and client is None else open_run(path)
+    if client is not None:
+        tuned, own = own_model(path, client, round)
+        origin = {**origin, **own}
     if remark := result.remark(path):
         watch(Note(remark))
     origin = {**origin, **sources(path)}
     form = form or ("merged" if tuned.seeds else "peft")
     if dtype is not None and form != "merged":
         raise ConfigError(Fault("dtype", "none: adapters are float32", repr(dtype), "or choose the form merged"))
-    target = Path(out) if out is not None else path / form
+    target = Path(out) if out is not None else path / (form if client is None else folder_name(form, client))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
     if tuned.seeds is not None:

@@ -102,6 +102,12 @@ def test_a_dry_run_says_which_rounds_would_be_declined_and_refuses_only_what_is_
     assert (promised.allowed, promised.remarks) == (True, ())
     small = compare_with_policy(setup, greeting(RECIPE.replace("[rounds]", "[rounds]\ncohort = 2")))
     assert small.facts["refusals"] == ["policy.min_cohort: at least 3; got 2"]
+    text = RECIPE.replace('"flora"', '"fedit"').replace(
+        "[rounds]", "[asynchronous]\nbuffer = 2\n\n[rounds]\ncohort = 3"
+    )
+    alone = compare_with_policy(setup, greeting(text))
+    assert alone.facts["refusals"] == ["policy.min_cohort: at least 3; got 1"]
+    assert "asynchronous rounds name no other client, so with 3 this site declines every order" in alone.remarks[0]
 
 
 def test_a_dry_run_says_in_words_what_the_recipe_permits_and_what_is_too_little(site: Path) -> None:
