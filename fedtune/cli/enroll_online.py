@@ -115,6 +115,17 @@ def queue(
             typer.echo(f"next: carry {place.queue} to the CA, there fedtune enroll sign FOLDER, and put it back")
 
 
+def delegate(config: ConfigOption = None, identity: ServerOption = None, debug: DebugOption = False) -> None:
+    """Ask the CA to let this coordinator renew its clients' certificates by itself, for some weeks; see the manual."""
+    with report_errors(debug):
+        from fedtune.deployment import enrolment
+
+        place = find_place(config, identity)
+        path = enrolment.ask_delegation(place)
+        typer.echo(f"wrote {path}; the keys of the registrar stay in {place.identity.folder}")
+        typer.echo(f"next: carry {place.queue} to the CA, there fedtune ca delegate FOLDER, and put it back")
+
+
 def serve(
     config: ConfigOption = None,
     identity: ServerOption = None,
@@ -163,6 +174,7 @@ def enrol_by_code(code: str, identity: Path, *, proxy: str, wait: bool) -> None:
 def sign_folder(folder: Path, ca: Path, *, days: int, fingerprints: list[str], replace: bool, yes: bool) -> None:
     """Answer the requests of a queue: renewals at once, new ones after their fingerprint has been compared."""
     from fedtune.link.pki import authority, queue_signing
+    from fedtune.link.pki.queue_files import REGISTRAR
     from fedtune.link.pki.signing import is_fingerprint
 
     def decide(waiting: Waiting) -> Verdict:
@@ -185,6 +197,8 @@ def sign_folder(folder: Path, ca: Path, *, days: int, fingerprints: list[str], r
         typer.echo(printable(f"{result.name}: {text}" if result.name else text))
     shown = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
     typer.echo(f"{shown or 'no request'}; the roster has version {authority.current_roster(ca).version}")
+    if (folder / REGISTRAR).exists() and authority.current_roster(ca).delegation is None:
+        typer.echo(f"the coordinator asks for a registrar of its own: fedtune ca delegate {folder}")
     typer.echo(f"next: put {folder} back at the coordinator, which answers the sites and takes the roster by itself")
     if counts["left"] and not sys.stdin.isatty():
         typer.echo("of the others: --fingerprint HEX for each that was compared by voice, or --yes for all")
@@ -197,3 +211,4 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=examples("fedtune enroll invite --name site-a --org hospital-a --config server.toml"))(invite)
     app.command(epilog=examples("fedtune enroll queue --config server.toml"))(queue)
     app.command(epilog=examples("fedtune enroll serve --config server.toml"))(serve)
+    app.command(epilog=examples("fedtune enroll delegate --config server.toml"))(delegate)

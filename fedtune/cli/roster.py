@@ -44,7 +44,14 @@ def list_parties(
             else decode(read_required(identity / ROSTER), read_root_key(identity / ROOT))
         )
         if as_json:
-            members = [{**asdict(party), "key": party.key.hex()} for party in roster.parties.values()]
+            members = [
+                {
+                    **{key: value for key, value in asdict(party).items() if key != "renewed"},
+                    "key": party.key.hex(),
+                    "serials": [*party.serials, *(entry.serial for entry in party.renewed)],
+                }
+                for party in roster.parties.values()
+            ]
             head = {"federation": roster.federation, "version": roster.version, "valid_until": roster.valid_until}
             typer.echo(json.dumps({**head, "members": members}))
             return
@@ -54,11 +61,15 @@ def list_parties(
         typer.echo(
             f"{roster.federation}, version {roster.version}, valid until {format_time(roster.valid_until)}{expired}"
         )
+        if roster.delegation is not None:
+            until = format_time(roster.delegation.not_after)
+            typer.echo(f"a registrar may renew clients and this roster until {until}")
         table = Table(box=None, pad_edge=False)
         for column in ("name", "org", "role", "state", "certificate until", "serials"):
             table.add_column(column, overflow="fold")
         for party in roster.parties.values():
-            serials = " ".join(serial[:12] for serial in party.serials)
+            numbers = (*party.serials, *(entry.serial for entry in party.renewed))
+            serials = " ".join(serial[:12] for serial in numbers)
             row = (
                 printable(party.name),
                 printable(party.org),
@@ -110,12 +121,12 @@ def install(
 ) -> None:
     """Install a newer roster in an identity folder; a running server or client reads it within a second."""
     with report_errors(debug):
-        from fedtune.link.pki import enrollment
+        from fedtune.link.pki import enrollment, registrar
 
         data = enrollment.read_received(
             file, "a signed roster", "every fedtune enroll sign and fedtune roster command at the CA"
         )
-        roster = enrollment.install_roster(identity, data, now=int(time.time()))
+        roster = registrar.install_roster(identity, data, now=int(time.time()))
         typer.echo(
             f"installed version {roster.version} in {identity}; a running server or client reads it within a second"
         )

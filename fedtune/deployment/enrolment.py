@@ -11,16 +11,17 @@ from pathlib import Path
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.link.audit_log import AuditLog, RecordEvent, log_event, record_to_all
-from fedtune.link.pki import invitations
+from fedtune.link.pki import invitations, registrar
 from fedtune.link.pki.certificates import hosts_of
 from fedtune.link.pki.identity import CERTIFICATE, Identity, load_identity
+from fedtune.link.pki.queue_files import REGISTRAR
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.server.addresses import LISTEN_HINT, check_address, check_free
 from fedtune.link.server.enrolment import QUEUE, Desk
 from fedtune.link.server.enrolment_service import serve_enrolment
 from fedtune.link.server.folding import FoldedEvents
 from fedtune.link.settings import EnrolmentSettings, LinkSettings
-from fedtune.store.files import make_private, store_errors
+from fedtune.store.files import make_private, store_errors, write_bytes
 from fedtune.store.lock import lock_run
 
 AUDIT = "audit"
@@ -96,6 +97,22 @@ def invite(place: Place, *, name: str, org: str, hours: int, address: str = "") 
         hours=hours,
         now=int(time.time()),
     )
+
+
+def ask_delegation(place: Place) -> Path:
+    """Make the keys of a registrar, and put its request into the queue; returns the file.
+
+    Raises:
+        ConfigError: if keys that are there cannot be used.
+        StoreError: if the folder cannot be written.
+    """
+    data = registrar.ask(place.identity, now=int(time.time()))
+    with store_errors(place.folder):
+        place.folder.parent.mkdir(parents=True, exist_ok=True)
+        make_private(place.queue, below=place.folder)
+    path = place.queue / REGISTRAR
+    write_bytes(path, data)
+    return path
 
 
 @contextmanager

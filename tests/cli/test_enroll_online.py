@@ -110,3 +110,33 @@ def test_mistakes_are_one_sentence(words: list[str], says: str) -> None:
 def test_the_group_alone_shows_its_commands() -> None:
     shown = run("enroll", status=2)
     assert all(word in shown for word in ("invite", "queue", "serve", "request", "--code"))
+
+
+def test_a_coordinator_gets_a_registrar_by_one_command_on_either_side(folder: Path) -> None:
+    asked = run("enroll", "delegate", "--config", "server.toml")
+    assert "next: carry" in asked
+    carry("enrolment/queue", "stick")
+    assert "fedtune ca delegate stick" in run("enroll", "sign", "stick")
+    given = run("ca", "delegate", "stick", "--days", "7")
+    assert "server may renew clients and roster until" in given
+    assert "releases before 0.3 do not read" in given
+    carry("stick", "enrolment/queue")
+    with served():
+        pass
+    listed = run("roster", "list", "--identity", "server/identity")
+    assert "a registrar may renew clients and this roster until" in listed
+    assert json.loads(run("roster", "list", "--identity", "server/identity", "--json"))["version"] == 1_000_000
+    assert "no registrar any more" in run("ca", "delegate", "--end")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["ca", "delegate"], "expected the folder of a queue, or --end"),
+        (["ca", "delegate", "none"], "it is made by fedtune enroll delegate"),
+        (["ca", "delegate", "server.toml"], "registrar: "),
+        (["ca", "delegate", "server.toml", "--days", "93"], "93"),
+    ],
+)
+def test_mistakes_about_a_registrar_are_one_sentence(words: list[str], says: str) -> None:
+    assert says in run(*words, status=2)

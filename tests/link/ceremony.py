@@ -16,6 +16,7 @@ def enroll_parties(
     clients: Sequence[str] = ("site-a", "site-b"),
     host: str = "localhost",
     now: int | None = None,
+    days: int = 90,
 ) -> Mapping[str, Path]:
     """Enrol all parties as their commands would; return the identity folders by name, and the CA's under `ca`."""
     at = int(time.time()) if now is None else now
@@ -31,7 +32,7 @@ def enroll_parties(
             role="coordinator" if server else "client",
             hosts=(host, "127.0.0.1") if server else (),
         )
-        enrollment.accept_bundle(place, authority.sign_request(ca, request, now=at), now=at)
+        enrollment.accept_bundle(place, authority.sign_request(ca, request, days=days, now=at), now=at)
     copy_roster(ca, places)
     return {**places, "ca": ca}
 

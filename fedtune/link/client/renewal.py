@@ -10,7 +10,8 @@ from fedtune.errors import FedtuneError, WireError
 from fedtune.link.audit_log import RecordEvent
 from fedtune.link.client.channel import LinkStub
 from fedtune.link.pki import enrollment
-from fedtune.link.pki.certificates import validity
+from fedtune.link.pki.certificates import key_digest, validity
+from fedtune.link.pki.delegation import make_statement
 from fedtune.link.pki.identity import Identity, current_dates
 from fedtune.link.rejections import describe, one_line
 from fedtune.store.files import remove, write_bytes
@@ -21,7 +22,9 @@ REQUEST = "renewal.json"
 CALL_S = 20.0
 RETRY_S, LATER_S = 60.0, 3600.0
 """After a call that failed; and at most until a server is asked again."""
-DAY_S = 24 * 3600.0
+DAY_S = 24 * 3600
+STATED_DAYS = 92
+"""For which a site says that its TLS key is its own: as long as the longest delegation."""
 
 
 class Renewal:
@@ -68,7 +71,8 @@ class Renewal:
             FedtuneError: if there is no answer that can be used.
         """
         try:
-            reply = self._calls.renew(pb.RenewRequest(request=self._request()), timeout=CALL_S)
+            request = pb.RenewRequest(request=self._request(), statement=self._statement())
+            reply = self._calls.renew(request, timeout=CALL_S)
         except ValueError:  # the channel was closed in favour of another one
             return RETRY_S
         except grpc.RpcError as error:
@@ -105,6 +109,12 @@ class Renewal:
         data = enrollment.make_request(identity.folder, name=identity.name, org=identity.org, role="client")
         write_bytes(path, data)
         return data
+
+    def _statement(self) -> bytes:
+        """Return this site's word that its TLS key is its own, without which no registrar could renew it."""
+        identity, until = self._identity, int(self._now()) + STATED_DAYS * DAY_S
+        tls_key = key_digest(identity.certificate)
+        return make_statement(identity.key, identity.federation, identity.name, tls_key, until)
 
     def _say(self, kind: str, text: str) -> None:
         if text != self._said:

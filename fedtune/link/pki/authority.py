@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.errors import ConfigError, Fault
 from fedtune.link.pki import certificates, roster
+from fedtune.link.pki.delegation import STRIDE, Delegation
 from fedtune.link.pki.enrollment import Request, pack_bundle, read_request, root_pem
 from fedtune.link.pki.identity import parse_root_key, read_secret
 from fedtune.link.pki.roster import NAME, Party, Roster
@@ -176,11 +177,21 @@ def changing(folder: Path) -> Iterator[None]:
         yield
 
 
+def delegate(folder: Path, delegation: Delegation | None, *, now: int) -> Roster:
+    """Let a registrar renew the certificates of clients and the roster itself; None: no registrar any more."""
+    with changing(folder):
+        sign_next_version(folder, dataclasses.replace(current_roster(folder), delegation=delegation), now=now)
+        return current_roster(folder)
+
+
 def sign_next_version(folder: Path, changed: Roster, *, days: int = ROSTER_DAYS, now: int) -> bytes:
     """Sign a roster under the next version number, write it, and return it."""
     # Never earlier than before: a new party must not shorten the time in which the roster is valid.
     until = max(changed.valid_until, now + days * DAY_S)
-    following = dataclasses.replace(changed, version=changed.version + 1, valid_until=until)
+    # Above every version that a registrar may have given to the roster before.
+    is_delegated = changed.delegation is not None or current_roster(folder).delegation is not None
+    version = (changed.version // STRIDE + 1) * STRIDE if is_delegated else changed.version + 1
+    following = dataclasses.replace(changed, version=version, valid_until=until)
     with key_errors(folder):
         key = certificates.load_signing_key(read_secret(folder / ROSTER_KEY))
     data = roster.encode(following, key)

@@ -161,8 +161,20 @@ def issue_certificate(
     ca: bytes,
     ca_key: ec.EllipticCurvePrivateKey,
     now: int,
+    until: int | None = None,
 ) -> bytes:
     """Return a certificate (PEM) for the party that `uri` names; `hosts` are for a server's alone.
+
+    Args:
+        public: its key.
+        uri: its name.
+        hosts: names and addresses of a server.
+        server: whether it is a server's.
+        days: its life.
+        ca: of the issuer (PEM).
+        ca_key: of the issuer.
+        now: seconds since 1970.
+        until: time at which it ends if its days go beyond; None: they count.
 
     Raises:
         ValueError: if it would last longer than `MAX_DAYS`.
@@ -171,6 +183,8 @@ def issue_certificate(
         raise ValueError(f"expected 1 to {MAX_DAYS} days; got {days}")
     issuer = x509.load_pem_x509_certificate(ca)
     begin, end = validity_dates(now, timedelta(days=days))
+    if until is not None:
+        end = min(end, datetime.fromtimestamp(until, UTC))
     names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(uri)]
     # Hosts in a server certificate alone: no client can pose as the server that others dial.
     names += [host_general_name(host) for host in hosts] if server else []

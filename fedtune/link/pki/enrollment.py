@@ -157,15 +157,16 @@ def accept_bundle(folder: Path, bundle: bytes, *, now: int) -> Identity:
     key, tls = read_secret(folder / SIGN_KEY), read_secret(folder / TLS_KEY)
     try:
         federation, _, name = certificates.spiffe_parts(pem)
-        is_own, is_issued = (
-            certificates.matches_key(pem, certificates.load_tls_key(tls)),
-            certificates.is_issued_by(pem, ca),
-        )
+        is_own = certificates.matches_key(pem, certificates.load_tls_key(tls))
         # The whole bundle is verified before the first file is written.
         root, public = parse_root_key(anchor), public_bytes(certificates.load_signing_key(key))
         is_unchanged = (
             certificates.is_canonical(pem) and certificates.are_trust_anchors(ca) and anchor == root_pem(root)
         )
+        new = roster.decode(signed, root)
+        # A registrar's CA counts by what the root's roster says of it.
+        others = new.delegation.ca if new.delegation is not None else b""
+        is_issued = certificates.is_issued_by(pem, ca + others)
     except ValueError as error:
         raise WireError(f"bundle: expected certificates and keys; {error}") from None
     if not is_unchanged:
@@ -180,7 +181,6 @@ def accept_bundle(folder: Path, bundle: bytes, *, now: int) -> Identity:
         if path.exists() and path.read_bytes() != data:
             hint = f"if the federation has really changed its {what}, compare fingerprints by voice and remove {path}"
             raise ConfigError(Fault("bundle", f"the {what} that is pinned in {folder}", "another", hint))
-    new = roster.decode(signed, root)
     party = new.parties.get(name)
     # Without its own key in the roster no server would take what this site signs.
     if new.federation != federation or party is None or party.key != public:
@@ -199,7 +199,9 @@ def accept_bundle(folder: Path, bundle: bytes, *, now: int) -> Identity:
 def valid_serials(current: roster.Roster, name: str, public: bytes) -> tuple[str, ...]:
     """Return the serial numbers that count of an active party with this key."""
     party = current.parties.get(name)
-    return party.serials if party is not None and party.key == public and party.state == "active" else ()
+    if party is None or party.key != public or party.state != "active":
+        return ()
+    return (*party.serials, *(entry.serial for entry in party.renewed))
 
 
 def root_pem(public: bytes) -> bytes:

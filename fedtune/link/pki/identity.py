@@ -67,11 +67,8 @@ def load_identity(folder: Path, *, role: str, now: int) -> Identity:
         key, tls = certificates.load_signing_key(sign_pem), certificates.load_tls_key(tls_pem)
         federation, org, name = certificates.spiffe_parts(pem)
         not_before, not_after = certificates.validity(pem)
-        root, is_issued, is_own = (
-            parse_root_key(anchor),
-            certificates.is_issued_by(pem, ca),
-            certificates.matches_key(pem, tls),
-        )
+        root, is_own = parse_root_key(anchor), certificates.matches_key(pem, tls)
+        is_issued = certificates.is_issued_by(pem, ca + registrar_ca(folder, root))
     except ValueError as error:
         raise identity_error(f"keys and certificates in {folder} that can be read", str(error), ENROL_AGAIN) from None
     # A handshake would fail for the same reasons, but gRPC does not say for which of them.
@@ -103,6 +100,15 @@ def load_identity(folder: Path, *, role: str, now: int) -> Identity:
         folder, name, org, role, federation, key, public_bytes(key), tls_pem, pem, ca, root,
         certificates.serial_number(pem), not_before, not_after,
     )  # fmt: skip
+
+
+def registrar_ca(folder: Path, root: bytes) -> bytes:
+    """Return the CA (PEM) of the registrar in a folder's roster; nothing where there is none, or no roster yet."""
+    try:
+        delegation = decode((folder / ROSTER).read_bytes(), root).delegation
+    except (OSError, WireError):
+        return b""
+    return delegation.ca if delegation is not None else b""
 
 
 def certificate_warning(name: str, not_before: int, not_after: int, *, now: float) -> str:

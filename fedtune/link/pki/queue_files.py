@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from fedtune.errors import FedtuneError, StoreError, WireError
+from fedtune.errors import ConfigError, Fault, FedtuneError, WireError
 from fedtune.link.pki.dsse import canonical_json, parse_json, read_fields
 from fedtune.link.pki.enrollment import MAX_BUNDLE_BYTES, Request, read_request
 from fedtune.link.pki.signing import fingerprint
@@ -159,11 +159,13 @@ def read_answer(queue: Path, name: str) -> Answer | None:
     return Answer(request, bundle.encode(), reason)
 
 
-def check_queue(queue: Path) -> None:
-    """Refuse a path that is no folder.
+def read_given(path: Path, longest: int, step: str) -> bytes:
+    """Return a file of a queue that a person has named.
 
     Raises:
-        StoreError: if it is none.
+        ConfigError: if it is no regular file, naming the command that writes such a file.
     """
-    if not queue.is_dir():
-        raise StoreError(f"{queue}: expected the folder of a queue; got none; fedtune enroll invite makes it")
+    data = read_regular(path, longest)
+    if data is None:
+        raise ConfigError(Fault("", f"a regular file {path}", "none", f"it is made by {step}"))
+    return data

@@ -7,13 +7,25 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.errors import WireError
+from fedtune.link.pki.delegation import (
+    START,
+    STRIDE,
+    Delegation,
+    Renewals,
+    Renewed,
+    decode_delegation,
+    decode_renewals,
+    delegation_json,
+    is_stated,
+    split_file,
+)
 from fedtune.link.pki.dsse import MAX_BYTES, canonical_json, decode_base64, make_dsse, read_fields, verify_dsse
 from fedtune.link.pki.signing import key_id
 
@@ -24,6 +36,8 @@ LATEST = 2**53
 """Largest integer that every JSON reader keeps exactly."""
 SKEW_S = 3600
 """Seconds by which a clock may be behind that of the CA: a party that was enrolled just now counts at once."""
+MAX_RENEWED = 2
+"""Certificates of a client by a registrar that count at the same time."""
 RECHECK_S = 1.0
 """Seconds; every call of every client asks for the roster."""
 Role: TypeAlias = Literal["coordinator", "client", "auditor"]
@@ -45,6 +59,8 @@ class Party:
     """Seconds since 1970."""
     not_after: int
     state: State = "active"
+    renewed: tuple[Renewed, ...] = ()
+    """Certificates of a client that a registrar has issued; they count beside those of `serials`."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,8 @@ class Roster:
     """Seconds since 1970."""
     parties: Mapping[str, Party]
     """By name."""
+    delegation: Delegation | None = None
+    """What the root allows a registrar; None: there is none."""
 
 
 def find_party(roster: Roster, key: bytes) -> Party | None:
@@ -86,20 +104,64 @@ def encode(roster: Roster, root: Ed25519PrivateKey) -> bytes:
         "version": roster.version,
         "valid_until": roster.valid_until,
         "members": members,
+        # Left out where there is none: the roster then has the bytes that every release reads.
+        **({} if roster.delegation is None else {"delegation": delegation_json(roster.delegation)}),
     }
     return make_dsse(KIND, canonical_json(body), root)
 
 
 def decode(data: bytes, root: bytes) -> Roster:
-    """Return the roster that the root key (32 bytes) has signed.
+    """Return the roster that the root key (32 bytes) has signed, with what its registrar has renewed.
 
     Raises:
-        WireError: if it is too large, malformed, or signed by another key.
+        WireError: if it is too large, malformed, signed by another key, or says more than a registrar may.
     """
+    if not data.startswith(START):
+        return decode_base(data, root)
+    signed, renewed = split_file(data)
+    base = decode_base(signed, root)
+    if base.delegation is None:
+        raise WireError("roster: expected one of the root alone; got renewals, for which it names no registrar")
+    return apply_renewals(base, decode_renewals(signed, renewed, base.delegation, base.federation))
+
+
+def apply_renewals(base: Roster, renewals: Renewals) -> Roster:
+    """Return a roster of the root with what its registrar has renewed.
+
+    Raises:
+        WireError: if a renewal is for another party than an active client, or its client has not signed for it.
+    """
+    if base.version % STRIDE or not base.version < renewals.version < base.version + STRIDE:
+        raise WireError(f"roster: renewals: expected a version after {base.version}; got {renewals.version}")
+    parties = dict(base.parties)
+    for entry in renewals.entries:
+        party = parties.get(entry.name)
+        if party is None or party.role != "client" or party.state != "active":
+            got = "another party" if party is None else f"{party.role}, {party.state}"
+            raise WireError(
+                f"roster: renewals: expected an active client of the roster; got {entry.name[:50]!r}, {got}"
+            )
+        if not is_stated(entry, party.key, base.federation):
+            raise WireError(f"roster: renewals: expected a TLS key for which {entry.name} has signed; got another")
+        if len(party.renewed) >= MAX_RENEWED:
+            raise WireError(f"roster: renewals: expected at most {MAX_RENEWED} of {entry.name}; got more")
+        parties[entry.name] = replace(
+            party, renewed=(*party.renewed, entry), not_after=max(party.not_after, entry.not_after)
+        )
+    valid_until = max(base.valid_until, renewals.valid_until)
+    return replace(base, version=renewals.version, valid_until=valid_until, parties=parties)
+
+
+def decode_base(data: bytes, root: bytes) -> Roster:
+    """Return the roster of an envelope of the root key; see `decode`."""
     body = verify_dsse(data, KIND, root, "roster")
-    federation, version, valid_until, members = read_fields(
-        body, {"federation": str, "version": int, "valid_until": int, "members": list}, "roster"
-    )
+    types = {"federation": str, "version": int, "valid_until": int, "members": list}
+    if isinstance(body, dict) and "delegation" in body:
+        *values, said = read_fields(body, {**types, "delegation": dict}, "roster")
+        delegation = decode_delegation(said)
+    else:
+        values, delegation = [*read_fields(body, types, "roster")], None
+    federation, version, valid_until, members = values
     parties = [decode_party(member) for member in members]
     if len({party.name for party in parties}) != len(parties):
         raise WireError("roster: expected each name once; got one twice")
@@ -109,7 +171,7 @@ def decode(data: bytes, root: bytes) -> Roster:
         raise WireError("roster: expected each key once; got one of two parties")
     if not NAME.fullmatch(federation) or not 1 <= version <= LATEST or not 0 <= valid_until <= LATEST:
         raise WireError(f"roster: expected a federation, a version and a time; got {federation[:100]!r}, {version}")
-    return Roster(federation, version, valid_until, {party.name: party for party in parties})
+    return Roster(federation, version, valid_until, {party.name: party for party in parties}, delegation)
 
 
 def decode_party(body: Any) -> Party:

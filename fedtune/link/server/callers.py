@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from fedtune.link.pki.certificates import serial_number, spiffe_parts, validity
+from fedtune.link.pki.certificates import is_issued_by, key_digest, serial_number, spiffe_parts, validity
 from fedtune.link.pki.identity import format_time
 from fedtune.link.pki.roster import SKEW_S, Party, RosterFile
 from fedtune.link.rejections import RejectionError, rejection
@@ -32,6 +32,9 @@ class Caller:
     not_before: int
     """Seconds since 1970."""
     not_after: int
+    tls_key: str = ""
+    """SHA-256 (hex) of the certificate's public key."""
+    pem: bytes = b""
 
 
 class Callers:
@@ -42,6 +45,7 @@ class Callers:
         roster: RosterFile,
         blocklist: Blocklist,
         *,
+        ca: bytes = b"",
         now: Callable[[], float] = time.time,
         excuse: Callable[[str], None] = lambda name: None,
     ) -> None:
@@ -50,10 +54,11 @@ class Callers:
         Args:
             roster: parties and their keys.
             blocklist: clients whose calls are refused.
+            ca: of the federation (PEM), which those of a registrar are not signed by; empty: none of these comes here.
             now: seconds since 1970.
             excuse: called with the name of a client that only this server's own roster keeps out.
         """
-        self._roster, self._blocklist, self._now, self._excuse = roster, blocklist, now, excuse
+        self._roster, self._blocklist, self._ca, self._now, self._excuse = roster, blocklist, ca, now, excuse
 
     def admit(self, caller: Caller) -> Party:
         """Return the client that a caller is; asked again while a call lasts, since the answer may change.
@@ -70,8 +75,9 @@ class Callers:
         if party.state != "active":
             raise rejection(pb.REVOKED, "roster", "an active party", f"{caller.name}, {party.state}")
         # TLS has accepted every certificate of the CA; the roster names those that still count after a renewal.
-        if caller.serial not in party.serials:
-            raise rejection(pb.SERIAL_UNKNOWN, "certificate", " or ".join(party.serials), caller.serial)
+        if not self._is_known(caller, party):
+            known = (*party.serials, *(entry.serial for entry in party.renewed))
+            raise rejection(pb.SERIAL_UNKNOWN, "certificate", " or ".join(known), caller.serial)
         if party.role != "client":
             raise rejection(pb.WRONG_ROLE, "roster", "the role client", f"{caller.name}, {party.role}")
         # TLS looks at dates when a connection begins, which may then last for months.
@@ -87,6 +93,17 @@ class Callers:
             got = f"version {roster.version}, which ended on {format_time(roster.valid_until)}"
             raise rejection(pb.ROSTER_OLD, "roster", "a roster on the server that is valid", got)
         return party
+
+    def _is_known(self, caller: Caller, party: Party) -> bool:
+        """Return whether a certificate is one of those that the roster names."""
+        # A registrar chooses the serial numbers of its certificates, and could take one that the roster has of the CA.
+        if not self._ca or is_of_ca(caller.pem, self._ca):
+            return caller.serial in party.serials
+        # Nor does it choose the key: the client has signed which TLS key is its own.
+        return any(
+            (entry.serial, entry.tls_key) == (caller.serial, caller.tls_key) and caller.not_after <= entry.not_after
+            for entry in party.renewed
+        )
 
     def exclusion(self, name: str) -> str:
         """Return why a client may not call, whatever certificate it brings; empty if it may.
@@ -136,9 +153,19 @@ def read_certificate(pem: bytes) -> Caller:
     """
     try:
         federation, _, name = spiffe_parts(pem)
-        return Caller(federation, name, serial_number(pem), *validity(pem))
+        return Caller(federation, name, serial_number(pem), *validity(pem), key_digest(pem), pem)
     except ValueError as error:
         raise rejection(pb.NOT_IN_ROSTER, "certificate", "one made by fedtune enroll", error) from None
+
+
+# Asked with every call, as the certificate.
+@lru_cache(maxsize=1024)
+def is_of_ca(pem: bytes, ca: bytes) -> bool:
+    """Return whether a certificate is signed by the federation's own CA, and not by that of a registrar."""
+    try:
+        return is_issued_by(pem, ca)
+    except ValueError:
+        return False
 
 
 def caller_name(context: CallContext) -> str:

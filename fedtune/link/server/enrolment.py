@@ -9,9 +9,9 @@ from pathlib import Path
 
 from fedtune.errors import FedtuneError, StoreError, WireError
 from fedtune.link.audit_log import RecordEvent
-from fedtune.link.pki import authority, certificates, enrollment, invitations, queue_files
+from fedtune.link.pki import authority, certificates, enrollment, invitations, queue_files, registrar
 from fedtune.link.pki.dsse import MAX_BYTES
-from fedtune.link.pki.identity import CERTIFICATE, Identity
+from fedtune.link.pki.identity import CERTIFICATE, Identity, format_time
 from fedtune.link.pki.roster import Party, RosterFile
 from fedtune.link.pki.signing import fingerprint
 from fedtune.link.rejections import RejectionError, one_line, reason_name, rejection
@@ -103,12 +103,33 @@ class Desk:
                 if request.name != party.name or authority.renewal_fault(party, request):
                     expected = f"{party.name}, {party.role} of {party.org}, with the key that is enrolled"
                     raise rejection(pb.REQUEST_DIFFERS, "request", expected, f"{request.name} of {request.org}")
+                if (bundle := self._issue(request, call.statement)) is not None:
+                    return pb.EnrolReply(bundle=bundle)
                 return self._deliver(request, call.request, RENEWAL_POLL_MS)
         except RejectionError as error:
             return self._refuse(party.name, error)
         except StoreError as error:
             self._record("disk", reason=one_line(str(error)))
             return self._refuse(party.name, rejection(pb.DISK_LOW, "disk", "a disk that can be written", "none"))
+
+    def _issue(self, request: enrollment.Request, statement: bytes) -> bytes | None:
+        """Return a bundle by this server's own registrar; None if it has none, or that may not for long any more.
+
+        Raises:
+            RejectionError: if the client has not signed for its TLS key.
+            StoreError: if the roster cannot be written.
+        """
+        folder, now = self._identity.folder, int(self._now())
+        own = registrar.load_registrar(folder, self._roster.refresh())
+        if own is None or own.delegation.not_after - now < registrar.LAST_DAYS * registrar.DAY_S:
+            return None
+        try:
+            pem, data = registrar.renew_client(folder, own, request, statement, now=now)
+        except WireError as error:
+            raise rejection(pb.REQUEST_DIFFERS, "statement", "one for this TLS key", one_line(str(error))) from None
+        version = self._roster.refresh().version
+        self._record("renewed", client=request.name, until=certificates.validity(pem)[1], roster=version)
+        return registrar.pack_renewed(folder, pem, data)
 
     def _deliver(self, request: enrollment.Request, data: bytes, poll_ms: int) -> pb.EnrolReply:
         """Return the answer of the CA to a request, or put it into the queue.
@@ -153,6 +174,7 @@ class Desk:
             try:
                 self._take_roster()
                 self._renew_own()
+                self._extend_roster()
             # A queue that was put back wrong must not end the service; the next look may find it mended.
             except (FedtuneError, OSError, ValueError) as error:
                 self._say("", "warning", text=f"queue: {one_line(str(error))}")
@@ -164,7 +186,7 @@ class Desk:
         self._seen = stamp
         if data == self._roster.data:
             return
-        version = enrollment.install_roster(self._identity.folder, data, now=int(self._now())).version
+        version = registrar.install_roster(self._identity.folder, data, now=int(self._now())).version
         self._roster.refresh()
         self._record("roster", version=version)
 
@@ -190,6 +212,18 @@ class Desk:
             data = enrollment.make_request(folder, name=name, org=org, role="coordinator", hosts=hosts)
             self._queue(data, enrollment.read_request(data))
             self._say(name, "queued", fingerprint=fingerprint(data))
+
+    def _extend_roster(self) -> None:
+        """Have the registrar extend the roster in time, and say when its delegation ends."""
+        folder, now = self._identity.folder, int(self._now())
+        own = registrar.load_registrar(folder, self._roster.current())
+        if own is None:
+            return
+        if registrar.extend_roster(folder, own, now=now):
+            self._record("roster", version=self._roster.refresh().version)
+        if own.delegation.not_after - now < registrar.WARN_DAYS * registrar.DAY_S:
+            ends = format_time(own.delegation.not_after)
+            self._say("", "warning", text=f"the delegation of the registrar ends on {ends}; fedtune enroll delegate")
 
     # ---- shared ----
 

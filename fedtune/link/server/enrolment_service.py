@@ -127,7 +127,7 @@ def serve_enrolment(
         server = grpc.aio.server(options=OPTIONS)
         server.add_generic_rpc_handlers((enrolment_handlers(service),))
         try:
-            port = server.add_secure_port(settings.listen, server_credentials(identity, clients=False))
+            port = server.add_secure_port(settings.listen, server_credentials(identity, None))
         except RuntimeError:
             port = 0
         if not port:

@@ -56,35 +56,44 @@ def server_options(settings: LinkSettings, *, parties: int) -> list[tuple[str, i
     ]
 
 
-def server_credentials(identity: Identity, *, clients: bool = True) -> grpc.ServerCredentials:
+def server_credentials(identity: Identity, roster: RosterFile | None) -> grpc.ServerCredentials:
     """Return the server's half of TLS; a renewed certificate in the folder serves the next connection.
 
     Args:
         identity: of the server.
-        clients: whether clients must have a certificate of the federation, too.
+        roster: names the registrar whose certificates clients may have, too; None: clients need no certificate.
     """
     folder: Path = identity.folder
 
     def configuration() -> grpc.ServerCertificateConfiguration:
         pair = ((folder / "tls.key").read_bytes(), (folder / "tls.crt").read_bytes())
-        return grpc.ssl_server_certificate_configuration([pair], root_certificates=identity.ca if clients else None)
+        if roster is None:
+            return grpc.ssl_server_certificate_configuration([pair])
+        return grpc.ssl_server_certificate_configuration([pair], root_certificates=identity.ca + registrar())
 
-    loaded_at = (folder / "tls.crt").stat().st_mtime_ns
+    def registrar() -> bytes:
+        # For clients alone: none of them trusts it, so no stolen key of a registrar makes a server.
+        delegation = roster.current().delegation if roster is not None else None
+        return delegation.ca if delegation is not None else b""
+
+    loaded = (folder / "tls.crt").stat().st_mtime_ns, registrar()
 
     def reload() -> Any:  # None keeps the configuration before, which types-grpcio does not know
-        nonlocal loaded_at
+        nonlocal loaded
         try:
-            changed_at = (folder / "tls.crt").stat().st_mtime_ns
-            if changed_at == loaded_at:
+            newest = (folder / "tls.crt").stat().st_mtime_ns, registrar()
+            if newest == loaded:
                 return None
             renewed = configuration()
         # While the file is being replaced, the certificate before serves.
         except OSError:
             return None
-        loaded_at = changed_at
+        loaded = newest
         return renewed
 
-    return grpc.dynamic_ssl_server_credentials(configuration(), reload, require_client_authentication=clients)
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(), reload, require_client_authentication=roster is not None
+    )
 
 
 class RunningServer:
@@ -188,6 +197,7 @@ async def start_server(
         roster,
         epoch=dispatcher.epoch,
         certificate=(identity.folder / "tls.crt").read_bytes,
+        ca=identity.ca,
         renew=renew,
         record=record,
         now=now,
@@ -197,7 +207,7 @@ async def start_server(
     address = dispatcher.settings.listen
     try:
         # For an address in use, grpcio raises or returns 0, depending on its release.
-        port = server.add_secure_port(address, server_credentials(identity))
+        port = server.add_secure_port(address, server_credentials(identity, roster))
     except RuntimeError:
         port = 0
     if not port:

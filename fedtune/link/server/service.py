@@ -53,6 +53,7 @@ class Service:
         *,
         epoch: int,
         certificate: Callable[[], bytes] = lambda: b"",
+        ca: bytes = b"",
         renew: Renew | None = None,
         record: RecordEvent = ignore_event,
         clock: Callable[[], float] = time.monotonic,
@@ -65,6 +66,7 @@ class Service:
             roster: parties and their keys; read again when its file changes.
             epoch: random number of this process, by which clients notice a restart.
             certificate: returns the server's certificate (PEM), which may be renewed meanwhile.
+            ca: of the federation (PEM).
             renew: takes the request of a client for a further certificate; None: such requests are refused.
             record: receives the events.
             clock: seconds from any start.
@@ -83,7 +85,7 @@ class Service:
         self._plan = dispatcher.run.plan()
         # Disk and hashing in threads: in the loop they would delay the calls of all clients.
         self._disk = ThreadPoolExecutor(max_workers=DISK_THREADS, thread_name_prefix="fedtune disk")
-        self._callers = Callers(roster, dispatcher.blocklist, now=now, excuse=dispatcher.excuse)
+        self._callers = Callers(roster, dispatcher.blocklist, ca=ca, now=now, excuse=dispatcher.excuse)
         dispatcher.set_exclusion(self._callers.exclusion)
         self._quota = CallQuota(settings.calls_per_min, clock)
         self._open = OpenCalls(settings, clock)

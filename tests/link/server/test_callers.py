@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fedtune.link.pki import authority
+from fedtune.link.pki.certificates import key_digest
 from fedtune.link.pki.roster import SKEW_S, Party, Roster
 from fedtune.link.rejections import RejectionError
 from fedtune.link.server.blocklist import Blocklist
@@ -29,7 +30,8 @@ from tests.link.server.test_service import begun, post_task, reason, until
 def test_a_certificate_names_its_party_and_another_file_none(link: LinkServer) -> None:
     identity = link.identities["site-a"]
     dates = identity.not_before, identity.not_after
-    assert read_certificate(identity.certificate) == Caller("care", "site-a", identity.serial, *dates)
+    pem, key = identity.certificate, key_digest(identity.certificate)
+    assert read_certificate(pem) == Caller("care", "site-a", identity.serial, *dates, key, pem)
     with pytest.raises(RejectionError, match="NOT_IN_ROSTER"):
         read_certificate(identity.ca)
 

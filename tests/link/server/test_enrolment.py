@@ -13,6 +13,7 @@ from fedtune.link.server.enrolment import Desk
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.ceremony import enroll_parties
 from tests.link.harness import Clock
+from tests.link.pki.registry import make_registry
 
 NOW = 1_800_000_000
 DAY_S = 86_400
@@ -275,3 +276,35 @@ def test_the_server_asks_for_its_own_next_certificate_and_installs_it(counter: C
     counter.desk.look()
     assert counter.kinds() == ["queued", "roster", "renewed"]
     assert (folder / "tls.crt").read_bytes() == after
+
+
+def test_a_registrar_extends_the_roster_and_its_end_is_said_in_time(tmp_path: Path) -> None:
+    registry = make_registry(tmp_path, days=40)
+    wall, events = Clock(float(NOW)), list[tuple[str, dict[str, int | str]]]()
+    roster = RosterFile(registry.file, registry.server.root, now=wall)
+
+    def record(kind: str, **fields: int | str) -> None:
+        events.append((kind, dict(fields)))
+
+    desk = Desk(tmp_path / "enrolment", registry.server, roster, record=record, now=wall)
+    desk.look()
+    assert not events
+    wall.now += 25 * DAY_S
+    desk.look()
+    desk.look()
+    assert [kind for kind, _ in events] == ["roster"]
+    assert roster.current().valid_until == NOW + 39 * DAY_S
+    request, statement = registry.ask("site-a", until=int(wall.now) + 92 * DAY_S)
+    party, data = roster.current().parties["site-a"], registry.places["site-a"]
+    call = pb.RenewRequest(request=own_bytes(data), statement=statement)
+    assert desk.renew(party, call).bundle
+    assert request.name == "site-a"
+    wall.now += 13 * DAY_S
+    desk.look()
+    assert "the delegation of the registrar ends on" in str(events[-1][1]["text"])
+    # In its last days a certificate would end with it: the CA signs instead.
+    assert desk.renew(roster.current().parties["site-a"], call).WhichOneof("what") == "pending"
+
+
+def own_bytes(folder: Path) -> bytes:
+    return enrollment.make_request(folder, name="site-a", org="org-site-a", role="client")
