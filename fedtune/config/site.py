@@ -12,7 +12,7 @@ from annotated_types import Ge, Interval
 from fedtune.config.adapter_kinds import layers_faults
 from fedtune.config.binding import bind_name
 from fedtune.config.presets import expand_data_preset
-from fedtune.config.reading import apply_overrides, read
+from fedtune.config.reading import apply_overrides, parse, read
 from fedtune.config.tables import apply_rule, bind_table, bind_value, freeze_table, unknown_keys
 from fedtune.data.federation import Federation, Shard
 from fedtune.data.settings import DataSettings
@@ -110,9 +110,26 @@ def bind_site(path: Path) -> SiteSettings:
         ConfigError: with every fault at once, or the reason why the file cannot be read.
     """
     if not path.is_file():
-        fault = Fault("", "a site file", "no such file", "clients/supernode/site.toml is an example")
+        fault = Fault("", "a site file", "no such file", "fedtune site init writes one")
         raise ConfigError(fault, source=str(path))
-    label, stem, root, read_table = read(path)
+    return bind_table_of_site(*read(path))
+
+
+def bind_site_text(text: str, path: Path) -> SiteSettings:
+    """Check and freeze the text of a site file that is to be written to a path.
+
+    Raises:
+        ConfigError: as `bind_site`.
+    """
+    return bind_table_of_site(path.name, path.stem, path.absolute().parent, parse(text, path.name))
+
+
+def bind_table_of_site(label: str, stem: str, root: Path, read_table: Mapping[str, Any]) -> SiteSettings:
+    """Check and freeze the tables of a site file.
+
+    Raises:
+        ConfigError: with every fault at once.
+    """
     faults: list[Fault] = []
     table = expand_data_preset(apply_overrides(read_table, (), faults))
     faults.extend(unknown_keys(table, ("name", "seed", *TABLES), ""))

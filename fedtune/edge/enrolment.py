@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import socket
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config.reading import read
+from fedtune.config.site_text import device_text, with_port
 from fedtune.errors import ConfigError, Fault, FedtuneError
 from fedtune.link.pki import enrollment
 from fedtune.link.pki.certificates import csr_key, load_signing_key, load_tls_key
@@ -21,24 +21,9 @@ from fedtune.link.pki.signing import fingerprint, public_bytes
 from fedtune.store import manifest as manifests
 from fedtune.store.files import store_errors, write_bytes
 
-IDENTITY, STATE, MODEL, DATA = "identity", "state", "model", "data"
+IDENTITY, MODEL, DATA = "identity", "model", "data"
 """Folders beside the device's own file, where it names no others."""
 REQUEST = ".request.json"
-PORT = 9000
-HEAD = """\
-# This device's own file; `fedtune-edge inspect` shows what it means for your data.
-# Everything that may stand here: the reference page "site" of the documentation.
-"""
-LIMITS = """
-[policy]
-# What you allow; take the # away from a line to set a limit.
-# power = "mains"           # work only while plugged in
-# min_battery = 60          # or above this charge, in percent
-# max_temperature_c = 70
-# hours = "22:00-07:00"     # begin work only within these hours
-# max_memory_gib = 1.0
-# ask = true                # wait for your yes before each run
-"""
 
 
 @dataclass(frozen=True)
@@ -142,21 +127,6 @@ def accept(where: Places, bundle: bytes, *, now: int) -> Identity:
     return enrollment.accept_bundle(where.identity, bundle, now=now)
 
 
-def site_text(name: str, *, address: str, model: str, data: str, identity: str) -> str:
-    """Return a device's own file with defaults that work."""
-
-    def toml_string(text: str) -> str:
-        # TOML's strings escape as those of JSON do, and DEL as well.
-        return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-    return (
-        f"{HEAD}name = {toml_string(name)}\n\n[model]\nbase = {toml_string(model)}    # folder of the bundle\n\n"
-        f"[data]\nsource = {toml_string(data)}    # a file or folder of text, JSON lines or CSV\n\n"
-        f"[link]\naddress = {toml_string(address)}\nidentity = {toml_string(identity)}\n"
-        f"state = {toml_string(STATE)}\n{LIMITS}"
-    )
-
-
 def write_site(where: Places, name: str, *, address: str, model: str = MODEL, data: str = DATA) -> bool:
     """Write a device's own file; return whether it was written: one that is there stays as it is."""
     with store_errors(where.site):
@@ -164,7 +134,7 @@ def write_site(where: Places, name: str, *, address: str, model: str = MODEL, da
             return False
     identity = where.identity
     inside = identity.is_relative_to(where.root)
-    text = site_text(
+    text = device_text(
         name,
         address=with_port(address),
         model=model,
@@ -173,16 +143,6 @@ def write_site(where: Places, name: str, *, address: str, model: str = MODEL, da
     )
     write_bytes(where.site, text.encode())
     return True
-
-
-def with_port(address: str) -> str:
-    """Return an address with its port.
-
-    >>> with_port("fl.example.org"), with_port("10.0.0.2:9443"), with_port("")
-    ('fl.example.org:9000', '10.0.0.2:9443', '')
-    """
-    host, colon, port = address.rpartition(":")
-    return address if not address or (colon and host and port.isdecimal()) else f"{address}:{PORT}"
 
 
 def missing(site: Path, *, address: str | None = None) -> Iterator[Fault]:

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app
+from fedtune.config.site import bind_site
 from tests.deployment.test_join import SITE
 from tests.link.ceremony import enroll_parties
 from tests.link.link_server import run_link_server
@@ -59,8 +60,62 @@ def test_a_check_needs_a_file_or_a_server() -> None:
     assert "no such file" in output
 
 
-@pytest.mark.parametrize("command", ["check"])
+@pytest.mark.parametrize("command", ["check", "init"])
 def test_help_has_examples(command: str) -> None:
     status, output = run(command, "--help")
     assert status == 0
     assert f"fedtune site {command}" in output
+
+
+def test_a_site_file_is_written_from_answers_in_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 40)
+    status, output = run("init", answers="\nsite-a\nfl.example.org:443\n\n\n\n\n\n\n\n\n\n\n")
+    assert status == 0, output
+    assert "wrote site.toml" in output
+    assert output.splitlines()[-1] == "then: fedtune join site.toml --dry-run"
+    site = bind_site(Path("site.toml"))
+    assert dict(site.data.fields) == {"instruction": "question", "output": "answer"}
+    before = Path("site.toml").read_bytes()
+    status, output = run("init", "--yes", "--server", "a")
+    assert (status, Path("site.toml").read_bytes()) == (2, before)
+    assert "one that is there" in output
+
+
+def test_a_site_file_is_written_from_options_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "--name",
+        "site-a",
+        "--server",
+        "a:1",
+        "--data",
+        "x.jsonl",
+        "--ask",
+        "--max-rounds",
+        "all",
+        "--scores",
+        "keep",
+    ]
+    status, output = run("init", "own.toml", *words, "--hours", "20:00-06:00", "--yes")
+    assert status == 0, output
+    site = bind_site(Path("own.toml"))
+    assert (site.policy.ask, site.policy.max_rounds, site.policy.scores) == (True, None, "keep")
+
+
+@pytest.mark.parametrize(
+    ("words", "answers", "said"),
+    [
+        (["--yes"], "", "server: expected HOST or HOST:PORT; got nothing; answer, or give --server"),
+        ([], "\n\n", "server: expected an answer; got the end of the input; give --server, or --yes for the defaults"),
+        (["--yes", "--server", "a", "--data", "x", "--hours", "no"], "", "policy.hours: expected two times of day"),
+    ],
+)
+def test_an_answer_that_lacks_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], answers: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, output = run("init", *words, answers=answers)
+    assert status == 2
+    assert said in output
+    assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedtune.config.reading import read
 from fedtune.config.site import bind_site
+from fedtune.config.site_text import device_text
 from fedtune.edge.enrolment import (
     accept,
     anchors_fingerprint,
@@ -20,7 +21,6 @@ from fedtune.edge.enrolment import (
     places,
     proposed_name,
     request,
-    site_text,
     with_port,
     write_site,
 )
@@ -137,7 +137,7 @@ def test_a_file_is_read_as_it_was_meant(
 ) -> None:
     clean = [text.encode("utf-8", "ignore").decode() for text in (model, data, host)]
     path = tmp_path_factory.mktemp("site") / "site.toml"
-    text = site_text("kitchen", address=clean[2], model=clean[0], data=clean[1], identity="identity")
+    text = device_text("kitchen", address=clean[2], model=clean[0], data=clean[1], identity="identity")
     path.write_text(text, newline="")
     table = read(path)[3]
     assert (table["model"]["base"], table["data"]["source"], table["link"]["address"]) == tuple(clean)

@@ -168,7 +168,7 @@ def test_two_supernodes_with_files_of_their_own_train_as_in_simulation(tmp_path:
     summary = loopback.summary(recipe)
     assert summary["state_digest"] == expected["state_digest"]
     # The third one's error has come through Flower as it was raised.
-    expected_reason = "1 fault expected a site file; got no such file; clients/supernode/site.toml is an example"
+    expected_reason = "1 fault expected a site file; got no such file; fedtune site init writes one"
     assert [(failure["kind"], failure["reason"]) for failure in summary["failures"]] == [
         ("refused", f"refused: {tmp_path / 'absent.toml'}: {expected_reason}")
     ]
