@@ -84,20 +84,8 @@ def test_a_site_file_is_written_from_answers_in_a_pipe(tmp_path: Path, monkeypat
 
 def test_a_site_file_is_written_from_options_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    words = [
-        "--name",
-        "site-a",
-        "--server",
-        "a:1",
-        "--data",
-        "x.jsonl",
-        "--ask",
-        "--max-rounds",
-        "all",
-        "--scores",
-        "keep",
-    ]
-    status, output = run("init", "own.toml", *words, "--hours", "20:00-06:00", "--yes")
+    words = ["--name", "site-a", "--server", "a:1", "--data", "x.jsonl", "--ask", "yes", "--hours", "20:00-06:00"]
+    status, output = run("init", "own.toml", *words, "--max-rounds", "all", "--scores", "keep", "--yes")
     assert status == 0, output
     site = bind_site(Path("own.toml"))
     assert (site.policy.ask, site.policy.max_rounds, site.policy.scores) == (True, None, "keep")
