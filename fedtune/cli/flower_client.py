@@ -27,9 +27,10 @@ def site_of(node_config: Mapping[str, Scalar], run_config: Mapping[str, Scalar])
         # A SuperNode has no log of the site's own to keep scores in: such a site does not score.
         return site if site.scores == "send" else replace(site, scores="refuse")
     if "partition-id" in node_config and in_simulation():
+        from fedtune.cli.flower_demo import demo_recipe
         from fedtune.client.site import simulated_site
 
-        return simulated_site(str(run_config.get("recipe", "")), node_config, run_config)
+        return simulated_site(str(run_config.get("recipe") or demo_recipe()), node_config, run_config)
     raise ConfigError(
         Fault(
             "fedtune-site",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,12 +20,14 @@ from flwr.app import Context, RecordDict, UserConfig
 
 import fedtune
 from fedtune.cli import flower_client, flower_server
-from fedtune.cli.flower_server import bind_source, directory, print_event, run_name, say, text
+from fedtune.cli.flower_server import bind_source, cost_text, directory, losses_text, print_event, run_name, say
 from fedtune.config import bind, render
 from fedtune.deployment.server_setup import expected_clients
 from fedtune.errors import ConfigError, StoreError
 from fedtune.messages import Failure, Traffic
 from fedtune.rounds.events import ClientFinished, Note
+from fedtune.rounds.record import RoundRecord
+from fedtune.runs import demo_code
 from tests.flower.conftest import NODE, MemoryGrid, flower_task, running
 
 __all__ = ["flower_task"]  # a fixture
@@ -161,9 +164,42 @@ def test_a_taken_run_directory_is_refused_before_any_client_is_asked(
     assert not grid.pushed
 
 
-def test_a_run_without_a_recipe_says_how_to_name_one() -> None:
-    with pytest.raises(ConfigError, match=r"recipe: expected the recipe.*--run-config 'recipe="):
-        text({"recipe": ""}, "recipe", "the recipe")
+def test_sites_with_data_of_their_own_do_not_train_by_the_demos_recipe(
+    grid: MemoryGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "home"))
+    expected = r"recipe: expected the recipe.*got none for the client 'client-0'; pass --run-config 'recipe="
+    with pytest.raises(ConfigError, match=expected):
+        serve(grid, recipe="", resume="", store="")
+    assert not any((tmp_path / "home" / "runs" / "demo").iterdir())
+
+
+def test_a_simulation_without_a_recipe_runs_the_demo_and_a_second_one_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path))
+    monkeypatch.setattr("fedtune.cli.flower_client.in_simulation", lambda: True)
+    one_step = demo_code.recipe_text().replace("steps = 6", "steps = 1").replace("count = 4", "count = 1")
+    monkeypatch.setattr("fedtune.runs.demo_code.recipe_text", lambda: one_step)
+    for run in ("demo", "demo-2"):
+        # Of its eight clients as many as there are nodes, in the order of their names.
+        nodes = {NODE + i: running(flower_client.app, node_config={"partition-id": 3 + 4 * i}) for i in range(2)}
+        serve(MemoryGrid(nodes), recipe="", resume="", store="")
+        summary = json.loads((tmp_path / "runs" / run / "summary.json").read_text())
+        assert (summary["state"], summary["rounds"]) == ("finished", 1)
+    printed = capsys.readouterr().out
+    assert "fedtune: no recipe is named, so the demo runs in simulation: " in printed
+    assert "fedtune: round 1 starts with json, xml" in printed
+    line = next(line for line in printed.splitlines() if line.startswith("fedtune: round 1: "))
+    assert re.fullmatch(r"fedtune: round 1: 2 of 2 updates, held-out loss .*, [\d.]+ kB up, .* down, [\d.]+ s", line)
+
+
+def test_a_rounds_line_has_the_clients_losses_where_no_rows_are_held_out() -> None:
+    record = RoundRecord(1, 2.0, loss_before=3.25, loss_after=3.0, bytes_up=1500, bytes_down=2_000_000)
+    assert losses_text(record) == "the clients' loss 3.250 before their steps and 3.000 after"
+    assert cost_text(record) == "1.5 kB up, 2 MB down, 2.0 s"
+    assert losses_text(RoundRecord(1, 2.0)) == ""
+    assert cost_text(RoundRecord(0, 2.0)) == ""
 
 
 def test_a_server_needs_no_data_in_its_recipe(grid: MemoryGrid, tables: dict[str, Any], tmp_path: Path) -> None:
@@ -182,7 +218,7 @@ def test_a_server_needs_no_data_in_its_recipe(grid: MemoryGrid, tables: dict[str
 def test_a_recipe_may_be_a_file(tables: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(render(bind(tables)))
-    assert bind(text({"recipe": str(path)}, "recipe", "the recipe")).name == "tiny"
+    assert bind_source(str(path)).name == "tiny"
 
 
 def test_a_store_is_absolute_or_in_fedtunes_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

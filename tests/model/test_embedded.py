@@ -66,6 +66,20 @@ def test_every_weight_is_found_and_the_model_has_about_a_million_parameters() ->
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+def test_a_bundle_of_python_files_finds_the_model_of_the_installed_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = embedded.path()
+    bundled = tmp_path / "fedtune" / "model" / "embedded"
+    bundled.mkdir(parents=True)
+    monkeypatch.setattr(embedded, "__file__", str(bundled / "__init__.py"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(installed.parents[2])])
+    assert embedded.path() == installed
+    # Where there is none, the name of the missing folder is in the error of whatever opens it.
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert embedded.path() == bundled
+
+
 def test_loading_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     AutoTokenizer.from_pretrained(embedded.path(), local_files_only=True)
     AutoModelForCausalLM.from_pretrained(embedded.path(), local_files_only=True)
