@@ -23,6 +23,7 @@ EXAMPLES = examples(
     "fedtune export runs/demo --form uniform --max-rank 16",
     "fedtune export runs/notes --client hospital-b",
     "fedtune export runs/dolly-kseed --form ledger",
+    "fedtune export runs/smollm2-135m --form flowertune --out submission",
     "fedtune export runs/fedspine --deploy",
     "fedtune export runs/fedspine --deploy --ratio 0.25 --ratio 0.5 --out models",
     "fedtune export models/smollm2 --form emulator --front 2 --back 2 --drop 0.5 --distill public.jsonl --out emulator",
@@ -52,7 +53,8 @@ def export(
         str | None,
         typer.Option(
             help="peft: adapter with a rank per layer; uniform: the same padded to one rank; merged: a whole model; "
-            "ledger: the seeds of a FedKSeed run; emulator: of a base, for clients that must not have all of it. "
+            "ledger: the seeds of a FedKSeed run; flowertune: a folder to submit to the FlowerTune leaderboard; "
+            "emulator: of a base, for clients that must not have all of it. "
             "Without it peft, or merged for a run of seeds.",
             show_default=False,
         ),

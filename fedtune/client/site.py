@@ -343,7 +343,7 @@ def load_site(
     rows = plugin_rows(data) if data.format == "plugin" and objects.data is None else objects.data
     given = None if objects.model is None else base_from_object(model, adapter, objects.model, seed=seed)
     watch(Phase("reading the data, tokenizing"))
-    tokenizer = load_tokenizer(model, root) if given is None else given.tokenizer
+    tokenizer = load_tokenizer(model, root, weights=load_base is None) if given is None else given.tokenizer
     encode = partial(
         federate, tokenizer=tokenizer, task=model.task, seed=seed, root=root, rows=rows, least_classes=least_classes
     )

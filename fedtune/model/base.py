@@ -203,14 +203,14 @@ class Base:
         }
 
 
-def load_tokenizer(settings: ModelSettings, root: Path) -> Any:
-    """Return the base's tokenizer.
+def load_tokenizer(settings: ModelSettings, root: Path, *, weights: bool = True) -> Any:
+    """Return the base's tokenizer; without `weights` also of a folder that holds none yet.
 
     Raises:
         ConfigError: if there is none at `model.base`.
     """
     path = locate(settings, root)
-    check_folder(settings, path)
+    check_folder(settings, path, weights=weights)
     check_vocabulary(path)
     try:
         source = readable(path, settings.revision)

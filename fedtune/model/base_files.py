@@ -123,8 +123,10 @@ def not_found(settings: ModelSettings, error: Exception) -> ConfigError:
     return ConfigError(Fault("model.base", expected, f"{settings.base!r} ({reason})", hint))
 
 
-def check_folder(settings: ModelSettings, path: str | Path) -> None:
+def check_folder(settings: ModelSettings, path: str | Path, *, weights: bool = True) -> None:
     """Refuse a base's folder that cannot be loaded, before any of it is; hub names are left to the libraries.
+
+    Without `weights` a folder that holds none yet is taken: its sizes follow from config.json.
 
     Raises:
         ConfigError: with what is wrong, and what to do.
@@ -144,7 +146,14 @@ def check_folder(settings: ModelSettings, path: str | Path) -> None:
         expected, got = f"the files themselves in {folder}", f"pointers of Git LFS in place of {', '.join(pointers)}"
         raise ConfigError(Fault("model.base", expected, got, "fetch them with git lfs pull"))
     check_config(read_json(folder / "config.json"), folder)
-    check_weights(folder, names)
+    if weights or has_weights(folder):
+        check_weights(folder, names)
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds weights of any kind, or an index that names some."""
+    patterns = ("*.safetensors", "*.index.json", *OTHER_WEIGHTS)
+    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
 
 
 def adapter_fault(folder: Path, *, also_model: bool) -> Fault:

@@ -14,7 +14,7 @@ import torch
 from fedtune.errors import ConfigError
 from fedtune.model.base import LOAD_ERRORS, Base, parameters_of, targets_of
 from fedtune.model.base_config import auto_class, read_config
-from fedtune.model.base_files import check_folder, locate, not_found, readable
+from fedtune.model.base_files import check_folder, has_weights, locate, not_found, readable
 from fedtune.model.blocks import block_numbers
 from fedtune.model.device import DTYPES, number_format
 from fedtune.model.emulator_facts import resolve_layers
@@ -44,7 +44,7 @@ def sized_base(
         ConfigError: if the model or a target module does not exist.
     """
     path = locate(settings, root)
-    check_folder(settings, path)
+    check_folder(settings, path, weights=False)
     settings = replace(settings, dtype=number_format(settings))
     outside = DTYPES[without_quantisation(settings).dtype]
     try:
@@ -64,6 +64,8 @@ def sized_base(
         model.get_submodule(name).float()
     layers = resolve_layers(adapter.layers, path, blocks=block_numbers(model))
     virtual = draw_virtual_tokens(adapter, model, tokenizer, seed=seed)
+    folder = Path(path)
+    bare = folder.is_dir() and not has_weights(folder)
     known = False
     with suppress(ConfigError):  # another family: whether its logits are plain products cannot be asked here
         known = bool(layout_of(model).blocks)
@@ -81,6 +83,7 @@ def sized_base(
         dtype=settings.dtype,
         fused=settings.task == "causal" and known,
         virtual=virtual,
+        notes=[f"model.base: no weights in {path} yet; its sizes are those of config.json"] if bare else (),
     )
 
 

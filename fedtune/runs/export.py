@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # The client wing takes seconds to import, so `experiment` and `model` are imported where they are needed.
 
-FORMS = ("peft", "uniform", "merged", "ledger")
+FORMS = ("peft", "uniform", "merged", "ledger", "flowertune")
 ROUNDS = ("best", "last")
 
 
@@ -58,7 +58,8 @@ def export(
         run: the run directory.
         form: `peft`, the adapter with its own rank per layer; `uniform`, the same padded with zeros to one rank, for
             engines that read no rank_pattern; `merged`, a whole model of the base with the change added; `ledger`, the
-            integers that a FedKSeed run consists of. Without it `peft`, or `merged` for a run of seeds, whose bank
+            integers that a FedKSeed run consists of; `flowertune`, a folder to submit to the FlowerTune LLM
+            leaderboard. Without it `peft`, or `merged` for a run of seeds, whose bank
             `kron` alone has the form of an adapter.
         out: folder to write; `<run>/<form>` without it.
         max_rank: cut every layer to its best approximation of this rank.
@@ -88,6 +89,9 @@ def export(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
     if tuned.seeds is not None:
+        if form == "flowertune":
+            hint = "write them with --form merged"
+            raise ConfigError(Fault("form", "a run of adapters", "'flowertune' of a run of seeds", hint))
         if dtype is not None or max_rank is not None:
             got = f"dtype = {dtype!r}, max_rank = {max_rank}"
             raise ConfigError(Fault("export", "neither dtype nor max_rank: seeds give one model, to the bit", got))
@@ -96,12 +100,14 @@ def export(
         expected = "a run of a method that moves all weights (fedkseed)"
         raise ConfigError(Fault("form", expected, f"'ledger' of a run of {origin.get('method')!r}", "choose peft"))
     adapter, saved = tuned.adapter, tuned.saved
-    if are_virtual(saved):
+    if are_virtual(saved) and form != "flowertune":
         refuse_form(form, max_rank)
     if max_rank is not None:
         adapter = truncate_adapter(adapter, max_rank, watch)
     if form == "merged":
         return _merge(path, adapter, saved, origin, target, dtype=dtype, watch=watch)
+    if form == "flowertune":
+        return _submission(path, pad(adapter), saved, origin, target)
     if form == "uniform":
         adapter = pad(adapter)
     return peft.write(target, adapter, saved, peft.read_target(path / result.ADAPTER), origin)
@@ -118,6 +124,14 @@ def refuse_form(form: str, max_rank: int | None) -> None:
         raise ConfigError(Fault("form", f"'peft': {why}", repr(form), "write them with --form peft"))
     if max_rank is not None:
         raise ConfigError(Fault("max_rank", f"none: {why}", str(max_rank), "leave it out"))
+
+
+def _submission(run: Path, adapter: Adapter, saved: Mapping[str, Any], origin: Mapping[str, Any], target: Path) -> Path:
+    from fedtune.runs.submission import Submission, write_submission
+
+    records = tuple(record for record in read_rounds(run) if record.round <= origin.get("round", record.round))
+    about = Submission(bind_to_score(run), records, len(origin["clients"]), origin)
+    return write_submission(target, adapter, saved, peft.read_target(run / result.ADAPTER), about)
 
 
 def sources(run: Path) -> Mapping[str, Any]:

@@ -282,7 +282,8 @@ def sites_experiment(recipe: Recipe) -> Experiment:
     Raises:
         ConfigError: if the base does not exist, or a module that the recipe names.
     """
-    tokenizer, labels = load_tokenizer(recipe.model, recipe.root), tuple(recipe.data.labels or ("0", "1"))
+    tokenizer = load_tokenizer(recipe.model, recipe.root, weights=False)
+    labels = tuple(recipe.data.labels or ("0", "1"))
     classifies = recipe.model.task == "classification"
     model = same_everywhere(recipe.model)
     base = sized_base(

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fedtune.errors import ConfigError
 from fedtune.model.base import load, load_tokenizer
 from fedtune.model.base_sizes import missing_names, sized_base, stored_names
 from fedtune.model.pruned_training import block_layout
@@ -42,3 +44,20 @@ def test_names_come_from_headers_alone(checkpoints: dict[str, Path], tmp_path: P
     assert "model.embed_tokens.weight" in names
     assert stored_names(tmp_path / "nothing") == set()
     assert missing_names(None, tmp_path / "nothing") == ()
+
+
+def test_a_folder_without_weights_has_the_sizes_of_its_config(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((checkpoints["llama"] / name).read_bytes())
+    settings, adapter = ModelSettings(base=str(tmp_path), device="cpu"), AdapterSettings(rank=2)
+    named: Any = {"root": Path(), "seed": 0, "tokenizer": load_tokenizer(settings, Path(), weights=False)}
+    sized = sized_base(settings, adapter, **named)
+    assert sized.modules == load(replace(settings, base=str(checkpoints["llama"])), adapter, **named).modules
+    assert sized.notes == [f"model.base: no weights in {tmp_path} yet; its sizes are those of config.json"]
+    with pytest.raises(ConfigError, match=r"expected model\.safetensors"):
+        load(settings, adapter, **named)
+    with pytest.raises(ConfigError, match=r"expected model\.safetensors"):
+        load_tokenizer(settings, Path())
+    (tmp_path / "model.bin").write_bytes(b"x")
+    with pytest.raises(ConfigError, match="a pickle"):
+        sized_base(settings, adapter, **named)
