@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedtune.cli.edge_options import DONE, PROGRAM, SITE, ask
+from fedtune.cli.edge_options import DONE, PROGRAM, RETRY, SITE, ask
 
 if TYPE_CHECKING:
     from fedtune.edge.enrolment import Places
@@ -27,6 +27,8 @@ def add_arguments(own: argparse.ArgumentParser) -> None:
     own.add_argument("--server", metavar="HOST:PORT", help="where the server is")
     own.add_argument("--model", metavar="DIR", default="model", help="folder of the base model's bundle (model)")
     own.add_argument("--data", metavar="PATH", default="data", help="file or folder of your texts (data)")
+    own.add_argument("--proxy", metavar="URL", default="", help="HTTP proxy to enrol through, with an invitation")
+    own.add_argument("--no-wait", dest="wait", action="store_false", help="do not wait until it is signed")
     own.add_argument("--fingerprint", metavar="HEX", help="of the federation, as the operator reads it out")
     own.add_argument("--yes", action="store_true", help="ask nothing")
 
@@ -36,7 +38,14 @@ def run(options: argparse.Namespace) -> int:
     from fedtune.edge.enrolment import places
 
     where = places(options.site, options.identity)
-    return finish(options, where) if options.sent else begin(options, where)
+    if not options.sent:
+        return begin(options, where)
+    from fedtune.link.pki import codes
+
+    given = options.sent[0] if len(options.sent) == 1 else "".join(options.sent)
+    if codes.kind_of(given) == "invitation":
+        return enrol_online(options, where, given)
+    return finish(options, where, given)
 
 
 def begin(options: argparse.Namespace, where: Places) -> int:
@@ -56,7 +65,33 @@ def begin(options: argparse.Namespace, where: Places) -> int:
     return DONE
 
 
-def finish(options: argparse.Namespace, where: Places) -> int:
+def enrol_online(options: argparse.Namespace, where: Places, given: str) -> int:
+    """Enrol this device with a one-time code over the network; the operator's signature may take a while."""
+    import time
+
+    from fedtune.deployment import enrol_site
+
+    def wait(seconds: float) -> bool:
+        if options.wait:
+            time.sleep(seconds)
+        return bool(options.wait)
+
+    lines = enrol_site.enrol(
+        given,
+        where.identity,
+        proxy=options.proxy,
+        wait=wait,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    if lines is None:
+        print("not signed yet; the same command asks again", file=sys.stderr)
+        return RETRY
+    print("\n".join(lines[:-1]))
+    code = enrol_site.read_code(given)
+    return write_own_file(options, where, code.name, options.server or code.server)
+
+
+def finish(options: argparse.Namespace, where: Places, given: str) -> int:
     """Install what the operator has sent, and write this device's file if there is none."""
     import time
 
@@ -64,7 +99,6 @@ def finish(options: argparse.Namespace, where: Places) -> int:
     from fedtune.link.pki import codes
     from fedtune.link.pki.identity import format_time
 
-    given = options.sent[0] if len(options.sent) == 1 else "".join(options.sent)
     bundle = codes.read_given("bundle", given, "fedtune enroll sign, at the operator", sys.stdin)
     check_federation(options, where, enrolment.anchors_fingerprint(bundle))
     accepted = enrolment.accept(where, bundle, now=int(time.time()))
@@ -76,7 +110,14 @@ def finish(options: argparse.Namespace, where: Places) -> int:
     address = options.server or ""
     if not address and not where.site.exists() and may_ask(options):
         address = answer("Address of the server (HOST:PORT)", "")
-    if enrolment.write_site(where, accepted.name, address=address, model=options.model, data=options.data):
+    return write_own_file(options, where, accepted.name, address)
+
+
+def write_own_file(options: argparse.Namespace, where: Places, name: str, address: str) -> int:
+    """Write this device's file if there is none, and say what is still missing."""
+    from fedtune.edge import enrolment
+
+    if enrolment.write_site(where, name, address=address, model=options.model, data=options.data):
         print(f"wrote {where.site}")
     elif options.server:
         print(f"{where.site} stays as it is: [link] address = {options.server!r} is to be written there by hand")

@@ -31,7 +31,7 @@ def by_code(
         str | None, typer.Option(metavar="CODE", help="What the coordinator has sent: a code, a file, or - to paste.")
     ] = None,
     identity: IdentityOption = Path("identity"),
-    proxy: Annotated[str, typer.Option(metavar="URL", help="HTTP proxy to dial through.")] = "",
+    proxy: Annotated[str, typer.Option(metavar="URL", help="HTTP proxy to dial through, or environment.")] = "",
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Whether to wait until it is signed.")] = True,
     debug: DebugOption = False,
 ) -> None:

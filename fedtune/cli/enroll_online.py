@@ -44,6 +44,9 @@ def invite(
     address: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="What the site dials, instead of enrolment.address.")
     ] = None,
+    server: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="What it dials to join, instead of the link's port.")
+    ] = None,
     config: ConfigOption = None,
     identity: ServerOption = None,
     debug: DebugOption = False,
@@ -55,7 +58,7 @@ def invite(
         from fedtune.link.pki.identity import format_time
 
         place = find_place(config, identity)
-        code = enrolment.invite(place, name=name, org=org, hours=hours, address=address or "")
+        code = enrolment.invite(place, name=name, org=org, hours=hours, address=address or "", server=server or "")
         until = format_time(int(time.time()) + hours * 3600)
         typer.echo(f"a code for {name}, client of {org}: for one use, until {until}")
         typer.echo(f"it dials {code.address}, served by fedtune enroll serve, or by fedtune serve with [enrolment]")
@@ -168,7 +171,6 @@ def enrol_by_code(code: str, identity: Path, *, proxy: str, wait: bool) -> None:
         raise typer.Exit(EXIT_RETRY)
     for line in accepted:
         typer.echo(line)
-    typer.echo("next: fedtune join SITE --dry-run")
 
 
 def sign_folder(folder: Path, ca: Path, *, days: int, fingerprints: list[str], replace: bool, yes: bool) -> None:

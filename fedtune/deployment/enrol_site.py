@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from fedtune.link.client import enrolment
+from fedtune.link.client.http_proxy import settle_proxy
 from fedtune.link.pki import codes, invitations
 from fedtune.link.pki.identity import format_time
 from fedtune.link.pki.signing import fingerprint
+from fedtune.link.settings import JoinSettings
 
 
 def enrol(
@@ -28,7 +31,7 @@ def enrol(
         given: the code, a file with it, or `-` for lines to read.
         folder: of the site's keys.
         lines: read for `-`.
-        proxy: see `link.client.enrolment.enrol`.
+        proxy: HTTP proxy through which it dials, "environment" for that of the environment; empty: none.
         wait: see there.
         say: receives what happens meanwhile, a line at a time.
         now: seconds since 1970.
@@ -36,7 +39,8 @@ def enrol(
     Raises:
         FedtuneError: in one sentence, if it cannot be enrolled so.
     """
-    code = invitations.decode(codes.read_given("invitation", given, "fedtune enroll invite", lines))
+    code = read_code(given, lines)
+    proxy = settle_proxy(JoinSettings(code.address, proxy=proxy), Path.cwd(), os.environ).proxy
     request = enrolment.own_request(folder, name=code.name, org=code.org)
     say(f"{code.name} of {code.org}; the keys stay in {folder}")
     say(f"fingerprint, to compare by voice with the person who signs: {fingerprint(request)}")
@@ -47,4 +51,14 @@ def enrol(
         f"{accepted.name} of {accepted.org} is enrolled as {accepted.role} in {accepted.federation}, "
         f"until {format_time(accepted.not_after)}",
         f"fingerprint of the federation's anchors, to compare with the CA's: {code.anchors}",
+        f"next: fedtune site init --server {code.server}, then fedtune join site.toml --dry-run",
     )
+
+
+def read_code(given: str, lines: Iterable[str] = ()) -> invitations.Code:
+    """Return the invitation that a site was given: as a code, as a file with it, or as `-` for lines to read.
+
+    Raises:
+        FedtuneError: if it is none.
+    """
+    return invitations.decode(codes.read_given("invitation", given, "fedtune enroll invite", lines))

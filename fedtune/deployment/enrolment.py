@@ -37,6 +37,8 @@ class Place:
     identity: Identity
     settings: EnrolmentSettings
     folder: Path
+    link_port: str = "9000"
+    """Of the server that sites join."""
 
     @property
     def queue(self) -> Path:
@@ -51,7 +53,10 @@ class Place:
         """What sites dial."""
         if self.settings.address:
             return self.settings.address
-        port = (self.settings.listen or LISTEN).rpartition(":")[2]
+        return self.at((self.settings.listen or LISTEN).rpartition(":")[2])
+
+    def at(self, port: str) -> str:
+        """Return the first host of the certificate with a port."""
         host = self.hosts[0]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -63,22 +68,32 @@ def find_place(link: LinkSettings, settings: EnrolmentSettings, root: Path) -> P
         ConfigError: if it has no identity that is valid.
     """
     identity = load_identity((root / link.identity).resolve(), role="coordinator", now=int(time.time()))
-    return Place(identity, settings, (root / settings.folder).resolve())
+    port = link.listen.rpartition(":")[2]
+    return Place(identity, settings, (root / settings.folder).resolve(), port)
 
 
-def invite(place: Place, *, name: str, org: str, hours: int, address: str = "") -> invitations.Code:
+def invite(place: Place, *, name: str, org: str, hours: int, address: str = "", server: str = "") -> invitations.Code:
     """Return a code with which one site can ask to be enrolled, once.
 
+    Args:
+        place: of the coordinator.
+        name: of the site.
+        org: of the site.
+        hours: for which the code can be used.
+        address: of the enrolment service; empty: that of the settings.
+        server: that the site joins; empty: the first host of the certificate, and the link's port.
+
     Raises:
-        ConfigError: if the address is not one of this server's, or the name is enrolled for another organisation.
+        ConfigError: if an address is not one of this server's, or the name is enrolled for another organisation.
     """
-    address = address or place.address
-    check_address(address, key="--address")
-    host = address.rpartition(":")[0].strip("[]")
-    # A site trusts the service by this name in its certificate, and would refuse it under another one.
-    if host.lower() not in (known.lower() for known in place.hosts):
-        expected, hint = f"a host of this server's certificate ({', '.join(place.hosts)})", "or enrol it with --host"
-        raise ConfigError(Fault("--address", expected, repr(host), hint))
+    address, server = address or place.address, server or place.at(place.link_port)
+    for key, given in (("--address", address), ("--server", server)):
+        check_address(given, key=key)
+        host = given.rpartition(":")[0].strip("[]")
+        # A site trusts the service by this name in its certificate, and would refuse it under another one.
+        if host.lower() not in (known.lower() for known in place.hosts):
+            expected = f"a host of this server's certificate ({', '.join(place.hosts)})"
+            raise ConfigError(Fault(key, expected, repr(host), "or enrol the server again with --host"))
     known = RosterFile(place.identity.folder / "roster", place.identity.root).current().parties.get(name)
     if known is not None and (known.org, known.role) != (org, "client"):
         raise ConfigError(Fault("--name", f"a client of {org}", f"{name}, {known.role} of {known.org}"))
@@ -90,6 +105,7 @@ def invite(place: Place, *, name: str, org: str, hours: int, address: str = "") 
     return invitations.invite(
         place.folder,
         address=address,
+        server=server,
         name=name,
         org=org,
         ca=ca,

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from fedtune.cli.edge import main
-from fedtune.cli.edge_options import DONE, USAGE
-from fedtune.link.pki import authority, codes, enrollment
+from fedtune.cli.edge_options import DONE, RETRY, USAGE
+from fedtune.link.pki import authority, codes, enrollment, invitations
 from fedtune.link.pki.signing import fingerprint
+from tests.link.enrolment_office import enrolment_office
 
 NOW = int(time.time())
 
@@ -129,3 +130,24 @@ def test_names_that_cannot_be_enrolled_are_refused_before_keys_are_made(
     assert "--name: expected letters, digits" in run(capsys, "--name", "a b", status=USAGE)
     assert "--org: expected letters, digits" in run(capsys, "--name", "a", "--org", "/", status=USAGE)
     assert not Path("identity").exists()
+
+
+def test_an_invitation_enrols_a_device_with_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "device").mkdir()
+    monkeypatch.chdir(tmp_path / "device")
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    with enrolment_office(tmp_path / "office") as office:
+        line = invitations.encode(office.invite("kitchen", "home"))
+        assert main(["enroll", line, "--no-wait"]) == RETRY
+        waits = capsys.readouterr().err
+        assert "fingerprint, to compare by voice with the person who signs" in waits
+        assert "not signed yet; the same command asks again" in waits
+        assert office.sign() == ["enrolled"]
+        Path("code.txt").write_text(f"here it is:\n> {line[:99]}\n> {line[99:]}\n")
+        assert main(["enroll", "code.txt"]) == DONE
+    shown = capsys.readouterr().out
+    assert "kitchen of home is enrolled as client in care" in shown
+    assert "wrote site.toml" in shown
+    assert 'address = "localhost:9000"' in Path("site.toml").read_text()

@@ -71,7 +71,7 @@ def test_one_command_at_the_site_one_at_the_coordinator_and_one_at_the_ca(folder
     with served():
         done = run("enroll", "--code", "-", "--identity", "a", pasted=f"{code}\n")
     assert "site-a of hospital-a is enrolled as client in care, until" in done
-    assert "next: fedtune join SITE --dry-run" in done
+    assert "next: fedtune site init --server localhost:9000" in done
     assert "answered; came" in run("enroll", "queue", "--config", "server.toml")
 
 

@@ -24,6 +24,7 @@ def test_a_site_reads_its_fingerprint_while_it_waits_and_that_of_the_federation_
     assert lines is not None
     assert lines[0].startswith("anna of a is enrolled as client in care, until ")
     assert lines[1].endswith(code.anchors)
+    assert "--server localhost:9000" in lines[2]
     assert said[0] == f"anna of a; the keys stay in {tmp_path / 'a'}"
     assert said[1].startswith("fingerprint, to compare by voice")
     assert "waiting until it is signed" in said[2]

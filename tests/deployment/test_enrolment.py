@@ -27,7 +27,9 @@ def place(tmp_path: Path) -> Place:
 
 def test_a_code_names_the_first_host_of_the_certificate_and_the_port_unless_given(place: Place) -> None:
     port = place.settings.listen.rpartition(":")[2]
-    assert invite(place, name="anna", org="a", hours=1).address == f"localhost:{port}"
+    code = invite(place, name="anna", org="a", hours=1)
+    assert (code.address, code.server) == (f"localhost:{port}", "localhost:9000")
+    assert invite(place, name="anna", org="a", hours=1, server="localhost:443").server == "localhost:443"
     assert invite(place, name="anna", org="a", hours=1, address="127.0.0.1:443").address == "127.0.0.1:443"
     assert replace(place, settings=EnrolmentSettings()).address == "localhost:9001"
     assert replace(place, settings=EnrolmentSettings(address="localhost:8")).address == "localhost:8"

@@ -32,9 +32,16 @@ class Office:
     def invite(self, name: str = "anna", org: str = "a", *, port: int | None = None) -> invitations.Code:
         server = load_identity(self.places["server"], role="coordinator", now=int(time.time()))
         return invitations.invite(
-            self.desk.folder, address=f"localhost:{port or self.port}", name=name, org=org, ca=server.ca,
-            root=server.root, hours=1, now=int(time.time()),
-        )  # fmt: skip
+            self.desk.folder,
+            address=f"localhost:{port or self.port}",
+            server="localhost:9000",
+            name=name,
+            org=org,
+            ca=server.ca,
+            root=server.root,
+            hours=1,
+            now=int(time.time()),
+        )
 
     def sign(self, verdict: Verdict = "sign") -> list[str]:
         results = sign_queue(self.places["ca"], self.desk.queue, lambda one: verdict, days=9, now=int(time.time()))

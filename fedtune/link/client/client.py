@@ -190,12 +190,13 @@ class Client:
         """Look every few seconds at what a long connection would miss: dates, and the server's place in the roster."""
         warned = dict[str, float]()
         while not self._stop.wait(WATCH_S):
+            # First: what can be renewed at once is no news.
+            if self._session.greeting is not None:
+                self._renewal.look()
             for text in self._session.warnings():
                 if self._clock() - warned.get(text, float("-inf")) >= DAY_S:
                     warned[text] = self._clock()
                     self._record("warning", text=text)
-            if self._session.greeting is not None:
-                self._renewal.look()
             fault, renewed = self._session.server_fault(), renewed_identity(self._identity)
             if fault or renewed is not None:
                 self._identity = renewed or self._identity

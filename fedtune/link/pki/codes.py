@@ -81,6 +81,18 @@ def decode(kind: Kind, text: str) -> bytes:
     return data
 
 
+def kind_of(given: str) -> Kind | None:
+    """Return what a code says that it is, pasted or in a file; None if it is no code."""
+    if (match := START.search(NOISE.sub("", given[:MAX_TEXT]))) is None and len(given) <= LONGEST_PATH:
+        try:
+            with Path(given).open("rb") as file:
+                match = START.search(NOISE.sub("", file.read(MAX_TEXT).decode("utf-8", "replace")))
+        except (OSError, ValueError):
+            return None
+    kinds: dict[str, Kind] = {"request": "request", "bundle": "bundle", "invitation": "invitation"}
+    return kinds.get(match[1]) if match is not None else None
+
+
 def read_given(kind: Kind, given: str, step: str, lines: Iterable[str] = ()) -> bytes:
     """Return what another party has sent, given as the path of a file, as a pasted code, or as `-` for lines to read.
 

@@ -18,6 +18,8 @@ from fedtune.link.pki.signing import public_bytes
 
 SIGN_KEY, TLS_KEY, CERTIFICATE, CA, ROOT, ROSTER = "sign.key", "tls.key", "tls.crt", "ca.crt", "root.pub", "roster"
 ENROL_AGAIN = "enrol again: fedtune enroll request, sign, accept"
+RENEW = "its request waits at the coordinator until the CA signs, if both are connected; or enrol again by files"
+
 RENEW_ROSTER = "the CA renews it (fedtune roster renew), and the coordinator installs it; sites take it from there"
 WEEK_S = 7 * 24 * 3600
 
@@ -112,11 +114,11 @@ def registrar_ca(folder: Path, root: bytes) -> bytes:
 
 
 def certificate_warning(name: str, not_before: int, not_after: int, *, now: float) -> str:
-    """Return a warning from two thirds of a certificate's life on, and in its last week; empty before."""
-    if now < min(not_before + (not_after - not_before) * 2 // 3, not_after - WEEK_S):
+    """Return a warning from two thirds of a certificate's life on; empty before."""
+    if now < not_before + (not_after - not_before) * 2 // 3:
         return ""
     ends = "ends" if now <= not_after else "ended"
-    return f"the certificate of {name} {ends} on {format_time(not_after)}; {ENROL_AGAIN}"
+    return f"the certificate of {name} {ends} on {format_time(not_after)}; {RENEW}"
 
 
 def roster_warning(version: int, valid_until: int, *, now: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ KEEP_S = 30 * 24 * 3600
 """After its end, for which an invitation is known: a site that comes late hears that, and a signed one is delivered."""
 MAX_OPEN = 1000
 """Invitations that may be open: a loop that went wrong must not fill the disk."""
+ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9][A-Za-z0-9.-]{0,252}):[0-9]{1,5}")
 MAX_RECORD_BYTES = 4096
 
 
@@ -47,6 +49,8 @@ class Code:
 
     address: str
     """HOST:PORT of the enrolment service."""
+    server: str
+    """HOST:PORT of the server that the site joins afterwards."""
     name: str
     org: str
     ca: bytes
@@ -98,6 +102,7 @@ def encode(code: Code) -> str:
     anchors = [one.public_bytes(Encoding.DER) for one in x509.load_pem_x509_certificates(code.ca)]
     body = {
         "address": code.address,
+        "server": code.server,
         "name": code.name,
         "org": code.org,
         "ca": [text(one) for one in anchors],
@@ -117,13 +122,12 @@ def decode(data: bytes) -> Code:
     Raises:
         WireError: if it is none.
     """
-    address, name, org, ca, root, seed = read_fields(
+    address, server, name, org, ca, root, seed = read_fields(
         parse_json(data, "invitation"),
-        {"address": str, "name": str, "org": str, "ca": list, "root": str, "seed": str},
+        {"address": str, "server": str, "name": str, "org": str, "ca": list, "root": str, "seed": str},
         "invitation",
     )
-    host, _, port = address.rpartition(":")
-    if not NAME.fullmatch(name) or not NAME.fullmatch(org) or not host or not port.isdecimal():
+    if not (NAME.fullmatch(name) and NAME.fullmatch(org) and ADDRESS.fullmatch(address) and ADDRESS.fullmatch(server)):
         raise WireError(
             f"invitation: expected an address and names; got {address[:100]!r}, {name[:50]!r}, {org[:50]!r}"
         )
@@ -137,7 +141,7 @@ def decode(data: bytes) -> Code:
         raise WireError(f"invitation: expected the certificate of a CA; {error}") from None
     if not is_anchor:
         raise WireError("invitation: expected the certificate of a CA; got another")
-    return Code(address, name, org, pem, public, secret)
+    return Code(address, server, name, org, pem, public, secret)
 
 
 @parse_errors_as_value_errors()
@@ -148,12 +152,15 @@ def pem_of(anchors: list[bytes]) -> bytes:
 # ---- what its issuer keeps ----
 
 
-def invite(folder: Path, *, address: str, name: str, org: str, ca: bytes, root: bytes, hours: int, now: int) -> Code:
+def invite(
+    folder: Path, *, address: str, server: str, name: str, org: str, ca: bytes, root: bytes, hours: int, now: int
+) -> Code:
     """Make a code for one site, and keep what recognises it; an earlier one for the name that was not used ends.
 
     Args:
         folder: of the enrolment service.
-        address: HOST:PORT that the site dials.
+        address: HOST:PORT of the enrolment service, as the site dials it.
+        server: likewise of the server that it joins afterwards.
         name: under which the site is to be enrolled.
         org: of the site.
         ca: PEM of the federation's CA.
@@ -181,7 +188,7 @@ def invite(folder: Path, *, address: str, name: str, org: str, ca: bytes, root: 
             count += not known.holder and now <= known.until
     if count >= MAX_OPEN:
         raise ConfigError(Fault("", f"at most {MAX_OPEN} open invitations", "one more", "wait until some have ended"))
-    code = Code(address, name, org, ca, root, secrets.token_bytes(32))
+    code = Code(address, server, name, org, ca, root, secrets.token_bytes(32))
     public = public_bytes(Ed25519PrivateKey.from_private_bytes(code.seed))
     store(folder, Invitation(public, name, org, now + hours * 3600))
     return code

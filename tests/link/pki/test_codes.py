@@ -110,3 +110,11 @@ def test_a_file_its_code_a_saved_message_and_lines_are_read_alike(tmp_path: Path
         codes.read_given("request", code[50:], "x")
     with pytest.raises(WireError, match="got nothing"):
         codes.read_given("request", "-", "x", [])
+
+
+def test_a_code_says_what_it_is_pasted_or_in_a_file(tmp_path: Path) -> None:
+    line = codes.encode("invitation", b"content")
+    (tmp_path / "mail.txt").write_text(f"> {line[:9]}\n> {line[9:]}")
+    assert codes.kind_of(line) == codes.kind_of(str(tmp_path / "mail.txt")) == "invitation"
+    assert codes.kind_of(codes.encode("bundle", b"x")) == "bundle"
+    assert [codes.kind_of(text) for text in ("", "-", str(tmp_path), "none", "x" * 9000, "\0")] == [None] * 6

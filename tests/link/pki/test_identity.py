@@ -100,7 +100,7 @@ def test_a_warning_comes_with_the_last_third_of_a_certificate(anna: Path) -> Non
     assert not expiry_warnings(result, roster, now=NOW + 59 * DAY)
     (text,) = expiry_warnings(result, roster, now=NOW + 61 * DAY)
     assert "ends on" in text
-    assert "enrol again" in text
+    assert "its request waits at the coordinator until the CA signs" in text
     assert "ended on" in expiry_warnings(result, roster, now=NOW + 91 * DAY)[0]
     assert not expiry_warnings(result, replace(root, valid_until=NOW + 30 * DAY), now=NOW + 22 * DAY)
     (text,) = expiry_warnings(result, replace(root, valid_until=NOW + 30 * DAY), now=NOW + 24 * DAY)

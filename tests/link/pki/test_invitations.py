@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -23,7 +24,7 @@ def anchors(tmp_path: Path) -> Anchors:
 
 
 def invite(folder: Path, anchors: Anchors, name: str = "anna", **changes: object) -> invitations.Code:
-    given = {"address": "fl.example.org:9001", "org": "a", "hours": 24, "now": NOW, **changes}
+    given = {"address": "fl.example.org:9001", "server": "[::1]:9000", "org": "a", "hours": 24, "now": NOW, **changes}
     ca, root = anchors
     return invitations.invite(folder, name=name, ca=ca, root=root, **given)  # type: ignore[arg-type]
 
@@ -98,6 +99,7 @@ def test_names_times_and_numbers_are_bounded(tmp_path: Path, anchors: Anchors, m
     [
         ({"address": "no port"}, "an address"),
         ({"name": "../up"}, "an address and names"),
+        ({"server": "http://x:1"}, "an address and names"),
         ({"seed": "AAAA"}, "keys of 32 bytes"),
         ({"ca": []}, "a CA"),
         ({"ca": ["AAAA"]}, "certificate of a CA"),
@@ -120,7 +122,7 @@ def test_a_certificate_that_signs_none_is_no_anchor(tmp_path: Path, anchors: Anc
         ca_key=certificates.load_tls_key((tmp_path / "ca" / "ca.key").read_bytes()), now=NOW,
     )  # fmt: skip
     code = invite(tmp_path, anchors)
-    line = invitations.encode(invitations.Code(code.address, "anna", "a", leaf, code.root, code.seed))
+    line = invitations.encode(replace(code, ca=leaf))
     with pytest.raises(WireError, match="got another"):
         invitations.decode(codes.decode("invitation", line))
 

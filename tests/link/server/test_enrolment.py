@@ -33,9 +33,16 @@ class Counter:
     def invite(self, name: str = "anna", org: str = "a", *, hours: int = 24) -> invitations.Code:
         server = self.desk._identity
         return invitations.invite(
-            self.desk.folder, address="localhost:1", name=name, org=org, ca=server.ca, root=server.root, hours=hours,
+            self.desk.folder,
+            address="localhost:1",
+            server="localhost:2",
+            name=name,
+            org=org,
+            ca=server.ca,
+            root=server.root,
+            hours=hours,
             now=int(self.time.now),
-        )  # fmt: skip
+        )
 
     def request(self, place: str, name: str = "anna", **changes: object) -> bytes:
         given = {"name": name, "org": "a", "role": "client", **changes}
