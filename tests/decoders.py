@@ -15,7 +15,7 @@ from fedtune.directions.seed_ledger import SeedLedger, decode_ledger, decode_man
 from fedtune.directions.space import directions
 from fedtune.errors import FedtuneError
 from fedtune.link.envelopes import KIND, verify_envelope
-from fedtune.link.pki import codes, dsse, enrollment, roster
+from fedtune.link.pki import authority, codes, delegation, dsse, enrollment, invitations, registrar, roster
 from fedtune.link.pki.roster import Party
 from fedtune.link.pki.signing import key_id, public_bytes, sign
 from fedtune.link.rejections import RejectionError
@@ -29,6 +29,7 @@ from fedtune.wire import codec, scores, settings
 from fedtune.wire.profile import decode_profile, decode_terms, encode_profile, encode_terms
 from fedtune.wire.v1 import link_pb2 as pb
 from tests.link.harness import KEY, signed_reply
+from tests.link.pki.registry import NOW, make_registry
 from tests.link.pki.test_roster import PUBLIC, ROOT, ROSTER
 from tests.link.test_fuzz import BLUEPRINT, settings_of
 from tests.wire import test_codec, test_descend, test_probe, test_profile, test_scores
@@ -76,6 +77,14 @@ def decoders(folder: Path) -> list[Decoder]:
         peft.Target("base", None, "causal", fan_in_fan_out=False, saved_modules=()),
         {},
     )
+    registry = make_registry(folder / "registry")
+    registry.renew()
+    anchors = (registry.ca / "ca.crt").read_bytes(), registry.server.root
+    invitation = invitations.Code("fl.example.org:9001", "fl.example.org:9000", "anna", "a", *anchors, bytes(32))
+    base = authority.current_roster(registry.ca)
+    renewals = delegation.split_file(registry.data)
+    renewed, _ = dsse.parse_dsse(renewals[1], delegation.KIND, "renewals")
+    own = registry.registrar.key
     first = METHODS["flora"].init(BLUEPRINT, settings_of("flora"))
     return [
         Decoder(
@@ -122,6 +131,23 @@ def decoders(folder: Path) -> list[Decoder]:
         Decoder("signed header", good.header, read_signed_header),
         Decoder("roster", signed_roster, lambda data: roster.decode(data, PUBLIC)),
         Decoder("signed roster", payload, lambda data: roster.decode(dsse.make_dsse(roster.KIND, data, ROOT), PUBLIC)),
+        Decoder("roster with renewals", registry.data, lambda data: roster.decode(data, registry.server.root)),
+        Decoder(
+            "signed renewals",
+            renewed,
+            lambda data: roster.apply_renewals(
+                base,
+                delegation.decode_renewals(
+                    renewals[0], dsse.make_dsse(delegation.KIND, data, own), registry.registrar.delegation, "care"
+                ),
+            ),
+        ),
+        Decoder("invitation", codes.decode("invitation", invitations.encode(invitation)), invitations.decode),
+        Decoder(
+            "request of a registrar",
+            registrar.ask(registry.server, now=NOW),
+            lambda data: registrar.read_ask(data, base, days=7, now=NOW),
+        ),
         Decoder(
             "enrollment request",
             enrollment.make_request(folder / "anna", name="anna", org="a", role="client"),
