@@ -441,13 +441,14 @@ def asked(port: int, authority: Path, method: str, path: str) -> int:
 def test_the_server_file_of_the_link_states_the_defaults() -> None:
     from dataclasses import asdict
 
-    from fedtune.config.link import bind_link
-    from fedtune.link.settings import LinkSettings
+    from fedtune.config.link import bind_server
+    from fedtune.link.settings import EnrolmentSettings, LinkSettings
 
-    stated = tomllib.loads((LINK_SERVER / "server.toml").read_text())["link"]
-    defaults = asdict(LinkSettings())
-    assert stated == {name: defaults[name] for name in stated}
-    assert bind_link(LINK_SERVER / "server.toml")[0] == LinkSettings()
+    stated = tomllib.loads((LINK_SERVER / "server.toml").read_text())
+    for name, settings in (("link", LinkSettings()), ("enrolment", EnrolmentSettings())):
+        defaults = asdict(settings)
+        assert stated[name] == {key: defaults[key] for key in stated[name]}
+    assert bind_server(LINK_SERVER / "server.toml")[:2] == (LinkSettings(), EnrolmentSettings())
 
 
 def test_the_site_file_of_the_link_binds_with_a_policy() -> None:

@@ -14,6 +14,7 @@ from fedtune.link.pki import certificates, enrollment, roster
 from fedtune.link.pki.delegation import (
     MAX_DAYS,
     START,
+    STRIDE,
     Delegation,
     Renewals,
     Renewed,
@@ -251,6 +252,15 @@ def adopt(registrar: Registrar, data: bytes, newer: bytes, root: bytes) -> bytes
 def write_next(
     registrar: Registrar, before: Renewals, entries: tuple[Renewed, ...], federation: str, valid_until: int
 ) -> bytes:
+    """Return the roster file of the next version, signed by the registrar.
+
+    Raises:
+        WireError: if every version up to the root's next one is used.
+    """
+    if (before.version + 1) % STRIDE == 0:
+        raise WireError(
+            "roster: renewals: expected a version that is free; got none; the CA's next roster has new ones"
+        )
     following = Renewals(before.base, before.version + 1, valid_until, entries)
     return encode_renewals(following, federation, registrar.key)
 

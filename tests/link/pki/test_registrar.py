@@ -110,6 +110,18 @@ def test_an_older_roster_is_not_adopted(registry: Registry) -> None:
     assert registry.roster == newest
 
 
+def test_versions_that_a_thief_has_used_up_are_said_and_end_with_the_root_s_next_roster(registry: Registry) -> None:
+    registry.renew()
+    used = registry.forge(lambda one: replace(one, version=2 * STRIDE - 1))
+    registry.file.write_bytes(used)
+    with pytest.raises(WireError, match="expected a version that is free"):
+        registry.renew()
+    assert registry.data == used
+    authority.renew(registry.ca, now=NOW)
+    assert install(registry).version == 2 * STRIDE + 1
+    registry.renew()
+
+
 def test_two_writers_do_not_drop_each_other_s_renewals(registry: Registry) -> None:
     before = registry.data
     with lock_run(registry.server.folder), pytest.raises(StoreError, match="no other process"):
