@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedtune.errors import ConfigError, Fault, RoundError, WireError
 from fedtune.flower.peft_records import PeftState, from_record, to_record
+from fedtune.flower.replies import one_line
 from fedtune.flower.reply_metrics import means, metrics_of
 from fedtune.flower.stock_messages import Asked, Keys, arrays_bytes, ask, read_answers
 from fedtune.flower.stock_nodes import LOG, NodeNames, draw, wait_for_nodes
@@ -133,6 +134,10 @@ class LoraStrategy(Strategy):
 
     def next_start(self, state: Any) -> Any:
         """Return the state that the next round starts from."""
+        return state
+
+    def with_room(self, state: Any, ranks: Sequence[int]) -> Any:
+        """Return a state that has room for the exact sum of what clients of these ranks send; 0: not known."""
         return state
 
     def configure_train(
@@ -337,6 +342,8 @@ class LoraStrategy(Strategy):
         self, names: Mapping[str, int], kind: str, server_round: int, config: ConfigRecord
     ) -> Sequence[Message]:
         clients = {name: (node, self._rank_of(name)) for name, node in names.items()}
+        if kind == MessageType.TRAIN:
+            self._state = self.with_room(self._state, [rank for _, rank in clients.values()])
         own = {**config, "server-round": server_round}
         self._asked = ask(self._running(), self._state, clients, kind, own, self._keys)
         # A list: a SuperLink's grid walks it twice.
@@ -354,6 +361,6 @@ class LoraStrategy(Strategy):
 
     def _report(self, server_round: int, failures: Sequence[Failure]) -> None:
         for failure in sorted(failures, key=lambda one: one.client):
-            # These keys are arguments here, and not of a recipe.
-            reason = failure.reason.replace("rounds.", "")
+            # These keys are arguments here, and not of a recipe; names of arrays are the client's own words.
+            reason = one_line(failure.reason.replace("rounds.", ""))
             LOG.warning("fedtune: round %d: %s is left out: %s", server_round, failure.client, reason)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -49,6 +49,16 @@ class FLoRA(LoraStrategy):
         most = max([self._running().blueprint.max_rank, *self._own.values()])
         cut = {name: dense.cut_down(low, tau=1.0, max_rank=most) for name, low in dense.unpack(state.delta).items()}
         return replace(state, delta=dense.pack(cut))
+
+    def with_room(self, state: Any, ranks: Sequence[int]) -> Any:
+        # Two products for each client, end and start, on top of the sum so far.
+        largest = 2 * sum(ranks) + max((low.rank for low in dense.unpack(state.delta).values()), default=0)
+        shapes = self._running().blueprint.modules.values()
+        wide = [min(shape) for shape in shapes if min(shape) > dense.NARROW]
+        # Factors are summed in float64, and stay of the rank that the sum has. Where they would be as large as the
+        # layer, "exact" adds to a matrix instead.
+        fits = all(ranks) and largest < min(wide, default=largest + 1)
+        return replace(state, settings=replace(state.settings, state_max_rank=largest if fits else "exact"))
 
 
 @dataclass(kw_only=True, eq=False)

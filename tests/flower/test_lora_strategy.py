@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fedtune.errors import ConfigError, FedtuneError
 from fedtune.flower import FFA, FedEx, FedIT, FlexLoRA, FLoRA, HetLoRA
@@ -122,6 +125,42 @@ def test_a_reply_of_no_use_costs_its_client_the_round_and_no_other(
     metrics = result.train_metrics_clientapp[1]
     assert (metrics["clients-used"], metrics["clients-left-out"]) == (2, 1)
     assert all(np.isfinite(factors.b).all() for factors in strategy.adapter.values())
+
+
+def test_a_clients_words_are_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    hostile = with_array("base_model.model.x\nERROR \x1b[2J.lora_A.weight", Array(np.ones((4, 10), np.int8)))
+    start(FLoRA(alpha=16, fraction_evaluate=0.0), NumpyClient(0), NumpyClient(1, reply=hostile), NumpyClient(2))
+    (line,) = left_out(caplog)
+    assert line.isprintable()
+
+
+NAMES = st.sampled_from(["m.q.lora_A.weight", "m.q.lora_B.weight", "m.v.lora_A.weight", "m.v.lora_B.weight", "x", ""])
+SHAPES = st.sampled_from([(4, 10), (12, 4), (9, 4), (0, 0), (1, 10), (12, 1), (4,), (), (2, 2, 2)])
+NUMBERS = st.sampled_from([0.0, 1.0, -1e30, 3e38, math.inf, math.nan])
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    arrays=st.dictionaries(st.tuples(st.booleans(), NAMES), st.tuples(SHAPES, NUMBERS), max_size=5),
+    dtype=st.sampled_from(["float32", "float16", "float64", "int32", "bool"]),
+    metrics=st.dictionaries(st.sampled_from(["num-examples", "loss"]), st.floats() | st.integers(-3, 3), max_size=2),
+    own=st.booleans(),
+)
+def test_no_reply_ends_the_round(arrays: Any, dtype: str, metrics: Any, own: bool) -> None:
+    def reply(state: PeftState, message: Message) -> RecordDict:
+        content = to_record(state)
+        for (known, name), (shape, number) in arrays.items():
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # casts of what is no number
+                array = np.full(shape, number).astype(dtype)
+            content[("base_model.model." if known else "") + name] = Array(array)
+        return RecordDict({"arrays": content, "metrics": MetricRecord(metrics)})
+
+    strategy = FLoRA(alpha=16, ranks="own" if own else None, fraction_evaluate=0.0)
+    hostile = NumpyClient(1, rank=4, reply=reply)
+    result = start(strategy, NumpyClient(0, rank=4), hostile, NumpyClient(2, rank=4), rounds=2)
+    assert result.train_metrics_clientapp[2]["clients-used"] >= 2
+    assert all(np.isfinite(factors.b).all() and np.isfinite(factors.a).all() for factors in strategy.adapter.values())
 
 
 def test_of_three_or_more_a_change_far_above_the_median_is_left_out(caplog: pytest.LogCaptureFixture) -> None:

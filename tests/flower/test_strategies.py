@@ -20,6 +20,7 @@ from tests.flower.conftest import NODE, MemoryGrid, running
 from tests.flower.stock_app import (
     LAYERS,
     NumpyClient,
+    blocks,
     delta_of,
     first_state,
     grid_of,
@@ -218,6 +219,12 @@ def test_a_page_whose_clients_choose_their_ranks_runs_with_one_changed_line(
     adapter, _, facts = read(tmp_path / "adapter")
     assert max(factors.rank for factors in adapter.values()) > 8
     assert (facts["method"], facts["rounds"]) == ("flora", 2)
+
+
+def test_the_page_changes_as_many_lines_as_it_says() -> None:
+    changed = [line for line in blocks()["server_app.py"].splitlines() if "# was: " in line or "# new: " in line]
+    assert len(changed) == 3
+    assert "fedtune" not in blocks()["client_app.py"] + blocks()["task.py"] + blocks()["pyproject.toml"]
 
 
 def test_the_server_loads_no_torch() -> None:
