@@ -289,7 +289,7 @@ class LoraStrategy(Strategy):
             flat = {key: array * scale if key.endswith(".b") else array for key, array in first.factors.items()}
             state = method.start(state, unpack(flat), first.saved)
         self._exact = self._state = state
-        self._own, self._asked = {}, {}
+        self._names, self._own, self._asked = NodeNames(), {}, {}
 
     def _faults(self, first: PeftState) -> Iterable[Fault]:
         """Yield what of the strategy's arguments, or of the first arrays, is of no use."""
@@ -333,6 +333,9 @@ class LoraStrategy(Strategy):
             return {}
         needed = max(self.min_available_nodes, least)
         nodes = wait_for_nodes(self._names, grid, needed, patience_s=self.patience_s)
+        if server_round == 1 and purpose == "train" and isinstance(self.ranks, Mapping):
+            for name in sorted(self.ranks.keys() - nodes.keys()):
+                LOG.warning("fedtune: ranks names the node %r, which is not here (%s)", name, ", ".join([*nodes][:8]))
         seed, purpose = self.seed, f"flower.{purpose}"
         names = draw(list(nodes), fraction, least, seed=seed, purpose=purpose, round=server_round)
         LOG.info("fedtune: %d of %d nodes are asked to %s", len(names), len(nodes), purpose.removeprefix("flower."))

@@ -393,10 +393,18 @@ def test_fewer_clients_may_be_drawn_than_there_are() -> None:
 
 
 def test_a_second_run_of_one_strategy_begins_anew() -> None:
-    strategy, results = FLoRA(alpha=16, fraction_evaluate=0.0), []
-    for _ in range(2):
-        results.append(start(strategy, NumpyClient(0), NumpyClient(1)).arrays)
+    strategy, results = FLoRA(alpha=16, ranks={"node-1": 2}, fraction_evaluate=0.0), []
+    for first in (0, 7):
+        # In a simulation the ids of the nodes are others each time.
+        grid = MemoryGrid({NODE + first + place: NumpyClient(place) for place in range(2)})
+        arrays = to_record(first_state(4))
+        results.append(strategy.start(grid=grid, initial_arrays=arrays, num_rounds=1, timeout=1).arrays)
     assert results[0][FIRST].data == results[1][FIRST].data
+
+
+def test_a_rank_of_a_node_that_is_not_there_is_noted(caplog: pytest.LogCaptureFixture) -> None:
+    start(FLoRA(alpha=16, ranks={"anne": 2}, fraction_evaluate=0.0), NumpyClient(0), NumpyClient(1), rounds=2)
+    assert left_out(caplog) == ["fedtune: ranks names the node 'anne', which is not here (node-0, node-1)"]
 
 
 def test_nodes_that_do_not_connect_end_the_run_with_a_sentence() -> None:
