@@ -1,4 +1,4 @@
-"""Draws the two pictures of README and site: the terminal of `fedtune demo`, and the report that it writes.
+"""Draws pictures of README and site: the terminal of `fedtune demo`, the report that it writes, and its live page.
 
 Run from the repository's root, with Chromium (or CHROMIUM) installed: python docs/pictures.py
 """
@@ -17,6 +17,9 @@ from PIL import Image
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
+
+from fedtune.live.directory import open_directory
+from fedtune.live.server import serve_live
 
 IMAGES = Path(__file__).parent / "images"
 COLUMNS, PAGE = 100, (1100, 1040)
@@ -63,7 +66,7 @@ def draw_terminal(text: str, path: Path) -> None:
     path.write_text(svg.replace("Fira Code", "DejaVu Sans Mono, Consolas, Menlo"))
 
 
-def draw_report(page: Path, path: Path) -> None:
+def draw_page(url: str, path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shot = Path(folder) / "report.png"
         subprocess.run(
@@ -81,7 +84,8 @@ def draw_report(page: Path, path: Path) -> None:
                 f"--user-data-dir={folder}/profile",
                 f"--window-size={PAGE[0]},{PAGE[1]}",
                 f"--screenshot={shot}",
-                page.as_uri(),
+                "--timeout=2500",  # the live page is filled after it is loaded
+                url,
             ],
             check=True,
             capture_output=True,
@@ -97,7 +101,10 @@ def main() -> None:
         written = record([str(Path(sys.executable).parent / "fedtune"), "demo"], folder)
         lines = screen(written).splitlines()
         draw_terminal("\n".join(["$ fedtune demo", *lines]), IMAGES / "demo.svg")
-        draw_report(folder / "runs" / "demo" / "report.html", IMAGES / "report.png")
+        run = folder / "runs" / "demo"
+        draw_page((run / "report.html").as_uri(), IMAGES / "report.png")
+        with serve_live(open_directory(run), port=0) as address:
+            draw_page(address.url, IMAGES / "live.png")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from fedtune.store import result
 from fedtune.store import verify as verify_module
 from fedtune.store.files import store_errors
 from fedtune.store.round_records import read_rounds
-from fedtune.store.run_directory import check_run, check_vacant, vacant, write_recipe
+from fedtune.store.run_directory import check_records, check_run, check_vacant, vacant, write_recipe
 from fedtune.store.verify import Status, Verified
 from fedtune.terminal.progress import observer
 
@@ -411,7 +411,7 @@ def report(run: str | Path, *, tensorboard: bool = False, pictures: bool = True)
     from fedtune.report.tensorboard import write_events
 
     path = Path(run)
-    check_run(path)
+    check_records(path)
     with store_errors(path):
         if tensorboard:
             write_events(path)

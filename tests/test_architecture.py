@@ -58,8 +58,7 @@ HOMES: Mapping[str, frozenset[str]] = {
     "datasets": frozenset({"data"}),
     "pydantic": frozenset({"config"}),
     "yaml": frozenset({"config"}),
-    # The report reads name and seed of a run that was killed, a tracker is sent the recipe's settings.
-    "tomllib": frozenset({"config", "report", "tracking"}),
+    "tomllib": frozenset({"config", "report"}),  # the report reads name and seed of a run that was killed
     "mlflow": frozenset({"tracking"}),
     "trackio": frozenset({"tracking"}),
     "wandb": frozenset({"tracking"}),

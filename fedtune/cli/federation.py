@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from fedtune.cli.live import LiveAddressOption, LiveOption, LivePortOption, live_feed, live_options, live_server
 from fedtune.cli.options import DebugOption, JsonOption, RunArgument, TrackOption, examples, report_errors
 from fedtune.cli.stop_signals import until_signal
 from fedtune.terminal.console import console
@@ -45,6 +46,9 @@ def serve(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory instead of runs/NAME.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="If the run directory is taken, start beside it.")] = False,
     track: TrackOption = None,
+    live: LiveOption = False,
+    live_port: LivePortOption = None,
+    live_address: LiveAddressOption = None,
     log: LogOption = "text",
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -63,6 +67,8 @@ def serve(
         from fedtune.deployment.coordinator import coordinate
         from fedtune.deployment.server_setup import data_at_sites
         from fedtune.errors import RoundError
+        from fedtune.link.audit_log import record_to_all
+        from fedtune.live.link_feed import feed_link
         from fedtune.runs.tracked import tracker_names
 
         source = recipe if recipe is not None else (resume or Path()) / "recipe.toml"
@@ -78,21 +84,26 @@ def serve(
         trackers = tracker_names(track or ())
         options += [word for name in trackers for word in ("--track", name)]
         run = resume if resume is not None else out or Path("runs") / bound.name
+        page = live_options(live, live_port, live_address)
+        options += page.words if page else []
+        feed = live_feed(bound.name, bound.rounds.count, resume)
         record = event_writer(check_log_format(log))
         try:
-            run, summary = coordinate(
-                bound,
-                run,
-                settings,
-                root,
-                resume=resume is not None,
-                fresh=fresh,
-                expect=expect,
-                enrolment=enrolment,
-                options=options,
-                record=record,
-                trackers=trackers,
-            )
+            with live_server(page, feed, lambda text: record("note", text=text)):
+                run, summary = coordinate(
+                    bound,
+                    run,
+                    settings,
+                    root,
+                    resume=resume is not None,
+                    fresh=fresh,
+                    expect=expect,
+                    enrolment=enrolment,
+                    options=options,
+                    record=record_to_all(record, feed_link(feed)),
+                    watch=feed,
+                    trackers=trackers,
+                )
         except RoundError as error:
             typer.echo(f"fedtune: {printable(str(error))}", err=True)
             raise typer.Exit(1 if error.final else EXIT_RETRY) from None
@@ -265,7 +276,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog=examples(
             "fedtune serve recipe.toml",
-            "fedtune serve recipe.toml --listen 0.0.0.0:9000 --expect 3",
+            "fedtune serve recipe.toml --listen 0.0.0.0:9000 --expect 3 --live",
             "fedtune serve --resume runs/dolly",
         )
     )(serve)

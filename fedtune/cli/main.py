@@ -29,6 +29,15 @@ from fedtune.cli import (
     site,
     split,
 )
+from fedtune.cli.live import (
+    LiveAddressOption,
+    LiveOption,
+    LivePortOption,
+    live_feed,
+    live_options,
+    live_page,
+    show_directory,
+)
 from fedtune.cli.options import (
     DebugOption,
     JsonOption,
@@ -45,6 +54,7 @@ from fedtune.terminal.console import console
 
 if TYPE_CHECKING:
     from fedtune.api import Run
+    from fedtune.rounds.events import Watch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -107,6 +117,7 @@ def demo(
         "fedtune simulate recipe.toml --engine processes --workers 4",
         "fedtune simulate recipe.toml --fresh --set rounds.count=3 --set seed=1",
         "fedtune simulate --resume runs/demo --set rounds.count=10",
+        "fedtune simulate recipe.toml --live --track mlflow",
     )
 )
 def simulate(
@@ -125,6 +136,9 @@ def simulate(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory instead of runs/NAME.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="If the run directory is taken, start beside it.")] = False,
     track: TrackOption = None,
+    live: LiveOption = False,
+    live_port: LivePortOption = None,
+    live_address: LiveAddressOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -148,12 +162,13 @@ def simulate(
             from fedtune.runs.tracked import with_trackers
 
             bound = with_trackers(bound, track)
-        run = run_with_progress(
-            bound.name,
-            quiet,
-            lambda watch: api.simulate(bound, out=out, fresh=fresh, resume=resume, watch=watch),
-        )
-        finish(run, as_json, quiet)
+        feed, options = live_feed(bound.name, bound.rounds.count, resume), live_options(live, live_port, live_address)
+
+        def work(watch: Watch) -> Run:
+            with live_page(options, feed, watch) as observe:
+                return api.simulate(bound, out=out, fresh=fresh, resume=resume, watch=observe)
+
+        finish(run_with_progress(bound.name, quiet, work), as_json, quiet)
 
 
 @app.command(
@@ -249,19 +264,32 @@ def replay(
 
 @app.command(
     epilog=examples(
-        "fedtune report runs/demo", "fedtune report runs/demo --tensorboard", "fedtune report runs/demo --track mlflow"
+        "fedtune report runs/demo",
+        "fedtune report runs/demo --tensorboard",
+        "fedtune report runs/demo --track mlflow",
+        "fedtune report runs/demo --live",
     )
 )
 def report(
     run: RunArgument,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard event files too.")] = False,
     track: TrackOption = None,
+    live: LiveOption = False,
+    live_port: LivePortOption = None,
+    live_address: LiveAddressOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Draw a run's page again from its records: report.html and plots/*.png; or send its rounds to a tracker."""
+    """Draw a run's page again from its records: report.html and plots/*.png.
+
+    With --track its rounds are sent to a tracker; with --live it is shown as a page that follows it while it runs. The
+    run may be copied from another machine: rounds.jsonl is enough, and the page says what is missing.
+    """
     with report_errors(debug):
         from fedtune import api
 
+        if options := live_options(live, live_port, live_address):
+            show_directory(run, options, typer.echo)
+            return
         if track:
             from fedtune.runs.tracked import send_run, tracker_names
 

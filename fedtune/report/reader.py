@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fedtune.errors import StoreError
 from fedtune.rounds.record import Metrics, RoundRecord
@@ -212,12 +212,14 @@ class Run:
     method: str
     seed: int
     recipe: str
-    """The text of recipe.toml."""
+    """The text of recipe.toml; empty where there is none."""
     rounds: tuple[RoundRecord, ...]
     """Rounds 0, 1, 2, ...; at least one."""
     summary: Summary | None
     torn: bool
     """The last line of rounds.jsonl was cut off by an interruption and is left out."""
+    missing: tuple[str, ...] = ()
+    """What of the directory is not there, as it may be with a copy: a sentence each."""
 
     @property
     def state(self) -> str:
@@ -228,30 +230,63 @@ def read_run(path: Path) -> Run:
     """Read a run directory.
 
     A last line that was cut off is left out if the run did not finish; a run that did not finish may lack summary.json.
+    Of a copy rounds.jsonl is enough; what else is missing is named.
 
     Raises:
-        StoreError: naming file, line and key of anything else that is missing or malformed.
+        StoreError: naming file, line and key of anything that is malformed, or if there are no rounds.
     """
-    recipe = read_text(path / "recipe.toml")
-    try:
-        table = tomllib.loads(recipe)
-    except tomllib.TOMLDecodeError as error:
-        raise StoreError(
-            f"{path / 'recipe.toml'}: expected TOML; got {error}; restore it from the run's start"
-        ) from error
+    recipe = read_text(path / "recipe.toml") if (path / "recipe.toml").exists() else ""
+    table = recipe_table(path)
     summary = read_summary(path / "summary.json")
     lines = read_lines(path / "rounds.jsonl", finished=summary is not None and summary.state == "finished")
     method = table.get("method", {})
     return Run(
         path=path,
-        name=summary.name if summary else str(table.get("name", path.name)),
+        name=summary.name if summary else str(table.get("name", path.resolve().name)),
         method=summary.method if summary else str(method.get("name", "") if isinstance(method, dict) else method),
-        seed=summary.seed if summary else int(table.get("seed", 0)),
+        seed=summary.seed if summary else seed_of(table),
         recipe=recipe,
         rounds=lines.records,
         summary=summary,
         torn=lines.torn_bytes > 0,
+        missing=tuple(missing_parts(recipe, table, summary, lines.records[-1].round)),
     )
+
+
+def recipe_table(path: Path) -> Mapping[str, Any]:
+    """Return the tables of a run's recipe; none where it is not there.
+
+    Raises:
+        StoreError: if it is no TOML.
+    """
+    file = path / "recipe.toml"
+    if not file.exists():
+        return {}
+    try:
+        return tomllib.loads(read_text(file))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise StoreError(f"{file}: expected TOML; got {error}; restore it from the run's start") from error
+
+
+def seed_of(table: Mapping[str, Any]) -> int:
+    seed = table.get("seed", 0)
+    return seed if isinstance(seed, int) else 0
+
+
+def missing_parts(recipe: str, table: Mapping[str, Any], summary: Summary | None, last: int) -> Iterator[str]:
+    """Yield a sentence for each part of a run directory that a report would show and that is not there."""
+    if not recipe:
+        known = "name, method and seed are those of summary.json" if summary else "method and seed are not known"
+        yield f"recipe.toml is not in the folder: {known}, and what was asked is not shown."
+    rounds = table.get("rounds", {})
+    count = rounds.get("count") if isinstance(rounds, dict) else None
+    if summary is None and (not recipe or count == last):
+        yield (
+            f"summary.json is not in the folder: the run goes on, stopped after round {last}, or the file was not "
+            "copied; versions, answers and scores at the end are not shown."
+        )
+    if summary is not None and summary.rounds > last:
+        yield f"rounds.jsonl ends with round {last} and the run with round {summary.rounds}: copy it again."
 
 
 def read_text(path: Path) -> str:

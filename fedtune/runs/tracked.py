@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import get_args
 
 from fedtune.config import Recipe
-from fedtune.config.reading import read
 from fedtune.errors import ConfigError, Fault, FedtuneError, StoreError
+from fedtune.report.reader import recipe_table
 from fedtune.rounds.events import Watch
 from fedtune.store import result
-from fedtune.store.run_directory import check_run
+from fedtune.store.run_directory import check_records
 from fedtune.tracking.follow import follow, reason
 from fedtune.tracking.packages import check_packages
 from fedtune.tracking.sending import replay
@@ -70,8 +70,8 @@ def send_run(run: Path, name: TrackerName) -> str:
     Raises:
         StoreError: if the run directory cannot be read, or the tracker cannot be reached.
     """
-    check_run(run)
-    table = read(run / "recipe.toml")[-1]
+    check_records(run)
+    table = recipe_table(run)
     settings, title = table.get("report", {}), table.get("name")
     folder = result.folder(run) if settings.get("track_result") is True else None
     try:

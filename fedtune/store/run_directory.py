@@ -110,3 +110,13 @@ def check_run(run: Path) -> None:
     """
     if not (run / "recipe.toml").is_file():
         raise StoreError(f"{run}: expected a run directory (with recipe.toml); make one with fedtune simulate")
+
+
+def check_records(run: Path) -> None:
+    """Refuse what has neither a recipe nor rounds; of a run that was copied in part the rounds are enough to show it.
+
+    Raises:
+        StoreError: if there is no recipe.toml and no rounds.jsonl.
+    """
+    if not (run / "rounds.jsonl").is_file():
+        check_run(run)

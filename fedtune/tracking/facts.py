@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
 
 from fedtune.errors import StoreError
+from fedtune.report.reader import recipe_table
 from fedtune.store.history import has_begun
 from fedtune.store.run_journal import RunJournal
 from fedtune.tracking.tracker import Value
@@ -27,14 +27,9 @@ def parameters(run: Path) -> Mapping[str, Value]:
     """Return the recipe of a run by dotted key; of absolute paths the last part, which says nothing of this machine.
 
     Raises:
-        StoreError: if the recipe cannot be read.
+        StoreError: if the recipe is no TOML.
     """
-    path = run / "recipe.toml"
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # no TOML, or no UTF-8
-        raise StoreError(f"{path}: expected a recipe in TOML; got {error}; restore it from the run's start") from None
-    return dict(leaves(table))
+    return dict(leaves(recipe_table(run)))
 
 
 def leaves(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Value]]:

@@ -104,12 +104,56 @@ def test_a_malformed_summary_is_named(write_run: WriteRun) -> None:
         read_run(path)
 
 
-@pytest.mark.parametrize("file", ["recipe.toml", "rounds.jsonl"])
-def test_a_missing_file_is_named(write_run: WriteRun, file: str) -> None:
+def test_without_rounds_there_is_nothing_to_read(write_run: WriteRun) -> None:
     path = write_run()
-    (path / file).unlink()
-    with pytest.raises(StoreError, match=file):
+    (path / "rounds.jsonl").unlink()
+    with pytest.raises(StoreError, match=r"rounds\.jsonl: expected this file in a run directory"):
         read_run(path)
+
+
+@pytest.mark.parametrize(
+    ("removed", "sentences"),
+    [
+        (["recipe.toml"], ["recipe.toml is not in the folder: name, method and seed are those of summary.json"]),
+        (["summary.json"], []),  # as an interrupted run is
+        (
+            ["recipe.toml", "summary.json"],
+            ["recipe.toml is not in the folder: method and seed are not known", "summary.json is not in the folder"],
+        ),
+    ],
+)
+def test_what_a_copy_lacks_is_named(write_run: WriteRun, removed: list[str], sentences: list[str]) -> None:
+    path = write_run(rounds=3)
+    for name in removed:
+        (path / name).unlink()
+    run = read_run(path)
+    assert len(run.missing) == len(sentences)
+    for sentence, beginning in zip(run.missing, sentences, strict=True):
+        assert sentence.startswith(beginning)
+
+
+def test_a_copy_of_fewer_rounds_than_the_run_has_is_named(write_run: WriteRun) -> None:
+    path = write_run(rounds=3)
+    lines = (path / "rounds.jsonl").read_bytes().splitlines(keepends=True)
+    (path / "rounds.jsonl").write_bytes(b"".join(lines[:2]))
+    assert read_run(path).missing == ("rounds.jsonl ends with round 1 and the run with round 3: copy it again.",)
+
+
+def test_a_run_whose_recipe_has_been_run_to_its_end_and_has_no_summary_is_not_called_interrupted(
+    write_run: WriteRun,
+) -> None:
+    path = write_run(rounds=3)
+    (path / "summary.json").unlink()
+    (path / "recipe.toml").write_text('name = "ward"\n[rounds]\ncount = 3\n')
+    assert read_run(path).missing[0].startswith("summary.json is not in the folder")
+
+
+@pytest.mark.parametrize("recipe", ['seed = "x"\n', "rounds = 3\n", "method = 3\n", "name = 3\n"])
+def test_a_recipe_of_other_types_is_shown_as_it_is(write_run: WriteRun, recipe: str) -> None:
+    path = write_run(rounds=1)
+    (path / "summary.json").unlink()
+    (path / "recipe.toml").write_text(recipe)
+    assert read_run(path).recipe == recipe
 
 
 def test_a_run_without_a_complete_round_is_refused(write_run: WriteRun) -> None:
