@@ -13,7 +13,7 @@ from fedtune.errors import ConfigError, Fault, TemporaryError
 from fedtune.link.audit_log import RecordEvent
 from fedtune.link.client.channel import TRANSIENT_STATUS
 from fedtune.link.client.jobs import Job, StoppedError
-from fedtune.link.client.route import diagnose
+from fedtune.link.client.route import Diagnosis, diagnose
 from fedtune.link.pki.identity import Identity
 from fedtune.link.rejections import describe, one_line, reason_name
 from fedtune.link.settings import JoinSettings
@@ -107,16 +107,33 @@ class Backoff:
             StoppedError: if the client or the job should give up.
         """
         self._check(job)
-        now, status, details = self._clock(), error.code(), error.details()
+        status, details = error.code(), error.details()
         # Such as UNIMPLEMENTED of another service on that port: to wait would hide the mistake for days.
         if status not in TRANSIENT_STATUS:
             raise ConfigError(Fault("link.address", "a fedtune server", f"{status.name}: {one_line(details or '')}"))
+        self._wait(job, None)
+
+    def wait_without_way(self, why: Diagnosis) -> None:
+        """Wait before the way to the server is tried again, which ends on this side of it.
+
+        Raises:
+            ConfigError: if no repetition can help.
+            StoppedError: if the client should give up.
+        """
+        self._check(None)
+        # At once, whatever was reported last: a wrong password that is repeated locks the account.
+        if why.permanent:
+            raise ConfigError(Fault("link.address", "a server of this federation", why.reason))
+        self._wait(None, why)
+
+    def _wait(self, job: Job | None, why: Diagnosis | None) -> None:
+        now = self._clock()
         self._failed_at = now
         if self._unreachable_since is None:
             self._unreachable_since = now
         # Only the main loop reports: the calls of all jobs fail for the same reason.
         if job is None and now - self._reported_at >= REPORT_INTERVAL_S:
-            self._report(now)
+            self._report(now, why)
         if self._settings.patience_s and now - self._unreachable_since > self._settings.patience_s:
             waited = f"{now - self._unreachable_since:.0f} s without a connection"
             hint = "start join again later"
@@ -158,9 +175,9 @@ class Backoff:
             self._record("refused", reason=reason, code=code)
             self._refusal = reason, now
 
-    def _report(self, now: float) -> None:
+    def _report(self, now: float, why: Diagnosis | None) -> None:
         self._reported_at = now
-        diagnosis = diagnose(self._identity, self._settings)
+        diagnosis = why or diagnose(self._identity, self._settings)
         if diagnosis.permanent:
             raise ConfigError(Fault("link.address", "a server of this federation", diagnosis.reason))
         self._record("unreached", server=self._settings.address, reason=diagnosis.reason)

@@ -23,7 +23,7 @@ from fedtune.link.client.downloads import Downloads
 from fedtune.link.client.jobs import Job, StoppedError, ThreadGuard
 from fedtune.link.client.policy import OrderCheck
 from fedtune.link.client.renewal import Renewal
-from fedtune.link.client.route import diagnose
+from fedtune.link.client.route import Diagnosis, diagnose, proxy_fault
 from fedtune.link.client.session import CALL_S, Greeting, Session
 from fedtune.link.client.socket_bytes import SocketMeter, dialled_port
 from fedtune.link.client.training_jobs import TrainingJobs
@@ -134,12 +134,16 @@ class Client:
         Raises:
             ConfigError: if the server cannot be reached or does not take this site.
         """
+        if (fault := proxy_fault(self._settings)) is not None:
+            raise self._unanswered(fault)
         try:
             return self._session.hello(wait=False)
         except grpc.RpcError as error:
-            reason = diagnose(self._identity, self._settings).reason
-            got = f"{self._settings.address}: {reason}"
-            raise ConfigError(Fault("link.address", "a server that answers", got)) from error
+            raise self._unanswered(diagnose(self._identity, self._settings)) from error
+
+    def _unanswered(self, why: Diagnosis) -> ConfigError:
+        got = f"{self._settings.address}: {why.reason}"
+        return ConfigError(Fault("link.address", "a server that answers", got))
 
     def run(self) -> End:
         """Take part until the run is over.
@@ -158,6 +162,9 @@ class Client:
                     raise self._guard.fault
                 try:
                     if self._session.greeting is None:
+                        if (unreached := proxy_fault(self._settings)) is not None:
+                            self._backoff.wait_without_way(unreached)
+                            continue
                         self._begin(self._session.hello())
                         complete = ""
                     if (end := self._turn()) is not None:

@@ -206,6 +206,22 @@ def cut(error: OSError, route: Route) -> RouteError:
     return RouteError(f"TLS failed: the connection to {route.address} is cut ({reason}); ask your network team")
 
 
+def open_way(route: Route) -> socket.socket:
+    """Return a connection to the server of a route, through its proxy if it has one.
+
+    Raises:
+        RouteError: if there is none.
+    """
+    connection = connect(route)
+    try:
+        if route.proxy is not None:
+            open_tunnel(connection, route.proxy, route.address, timeout_s=CONNECT_S)
+    except RouteError:
+        connection.close()
+        raise
+    return connection
+
+
 def again(route: Route, context: ssl.SSLContext) -> ssl.SSLSocket:
     """Return another connection to the server of a route, after a handshake that shows nothing of this site.
 
@@ -213,11 +229,9 @@ def again(route: Route, context: ssl.SSLContext) -> ssl.SSLSocket:
         RouteError: if there is none.
         OSError: if the handshake fails.
     """
-    connection = connect(route)
+    connection = open_way(route)
     try:
-        if route.proxy is not None:
-            open_tunnel(connection, route.proxy, route.address, timeout_s=CONNECT_S)
         return context.wrap_socket(connection, server_hostname=route.server_name)
-    except (RouteError, OSError):
+    except OSError:
         connection.close()
         raise

@@ -16,6 +16,7 @@ from fedtune.link.client.handshake import (
     connect,
     first_bytes,
     foreign,
+    open_way,
     printable_names,
     rejection,
     route_of,
@@ -60,6 +61,20 @@ def diagnose(identity: Identity, settings: JoinSettings) -> Diagnosis:
         if not step.ok:
             return Diagnosis(step.text, step.permanent)
     return Diagnosis("TLS and HTTP/2 succeed, but the server does not answer calls", permanent=False)
+
+
+def proxy_fault(settings: JoinSettings) -> Diagnosis | None:
+    """Return why the proxy of a site does not lead to its server; None if it does, or there is none.
+
+    For gRPC, which reads a proxy's answer for seconds without a limit: one that never ends took 700 MiB.
+    """
+    if not settings.proxy:
+        return None
+    try:
+        open_way(route_of(settings)).close()
+    except RouteError as error:
+        return Diagnosis(error.reason, error.permanent)
+    return None
 
 
 def walk(identity: Identity | None, settings: JoinSettings) -> Iterator[Step]:

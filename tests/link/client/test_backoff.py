@@ -154,6 +154,18 @@ def test_a_call_is_repeated_until_it_gives_something_or_its_job_is_over(
         rig.backoff.retry(job, call)
 
 
+def test_a_way_that_ends_on_this_side_is_waited_for_unless_a_person_must_act(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tmp_path, monkeypatch)
+    for _ in range(2):
+        rig.backoff.wait_without_way(Diagnosis("the proxy is down", False))
+    assert rig.events == ["unreached"]
+    assert [round(seconds) for seconds in rig.stop.seconds] == [1, 2]
+    with pytest.raises(ConfigError, match="a wrong password"):
+        rig.backoff.wait_without_way(Diagnosis("a wrong password", True))
+
+
 def test_an_address_without_a_server_is_reported_once_and_tried_again(tmp_path: Path) -> None:
     with run_link_server(tmp_path) as link:
         port = link.port
