@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import resource
+import socket
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from fedtune.errors import ConfigError
-from tests.link.link_server import run_link_server
+from tests.link.link_server import SETTINGS, run_link_server
 from tests.link.middlebox import Box, listening, proxying, streaming
 from tests.link.site import END_S, collect_one, post, run_site, until
 
@@ -48,3 +52,20 @@ def test_a_proxy_that_answers_without_end_costs_no_memory(tmp_path: Path) -> Non
     assert "header of more than 16 KiB" in dict(site.events)["unreached"]["reason"]
     # gRPC alone took 700 MiB of it.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+
+
+def test_a_server_listens_on_port_443_where_it_may(tmp_path: Path) -> None:
+    try:
+        with socket.create_server(("127.0.0.1", 443)):
+            pass
+    except OSError as error:
+        pytest.skip(f"port 443: {error}")
+    with run_link_server(tmp_path, replace(SETTINGS, listen="127.0.0.1:443")) as running, run_site(running) as site:
+        assert running.port == 443
+        until(running, lambda: "hello" in site.kinds())
+
+
+def test_the_example_of_a_shared_port_443_opens_no_tls() -> None:
+    text = (Path(__file__).parents[2] / "server" / "link" / "nginx-stream.conf").read_text()
+    assert "ssl_preread on;" in text
+    assert "ssl_certificate" not in text

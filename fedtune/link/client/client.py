@@ -135,13 +135,13 @@ class Client:
             ConfigError: if the server cannot be reached or does not take this site.
         """
         if (fault := proxy_fault(self._settings)) is not None:
-            raise self._unanswered(fault)
+            raise self._no_answer(fault)
         try:
             return self._session.hello(wait=False)
         except grpc.RpcError as error:
-            raise self._unanswered(diagnose(self._identity, self._settings)) from error
+            raise self._no_answer(diagnose(self._identity, self._settings)) from error
 
-    def _unanswered(self, why: Diagnosis) -> ConfigError:
+    def _no_answer(self, why: Diagnosis) -> ConfigError:
         got = f"{self._settings.address}: {why.reason}"
         return ConfigError(Fault("link.address", "a server that answers", got))
 

@@ -9,6 +9,10 @@ from fedtune.link.settings import LinkSettings
 
 LARGEST_PORT = 65_535
 LISTEN_HINT = "choose another port with --listen, or stop the server that uses it"
+BELOW_1024 = (
+    "ports below 1024 need AmbientCapabilities=CAP_NET_BIND_SERVICE in the unit, or a TCP proxy in front "
+    "(server/link/README.md)"
+)
 HEALTH_HINT = 'choose another one, or link.health = "" for none'
 
 
@@ -51,5 +55,9 @@ def check_free(key: str, address: str, hint: str) -> None:
             probe.bind(own)
             # Two sockets may be bound to one address with the option above, and one alone listens.
             probe.listen()
+    except PermissionError as error:
+        raise ConfigError(
+            Fault(key, "an address that this process may use", f"{address!r} ({error})", BELOW_1024)
+        ) from None
     except (OSError, ValueError, OverflowError) as error:
         raise ConfigError(Fault(key, "an address that is free", f"{address!r} ({error})", hint)) from None

@@ -33,3 +33,12 @@ def test_a_port_that_is_taken_is_refused_for_link_and_health() -> None:
 def test_what_no_server_can_listen_on_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match=r"link\.listen"):
         check(address)
+
+
+def test_a_port_that_a_process_may_not_use_says_how_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: socket.socket, address: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    with pytest.raises(ConfigError, match=r"may use; got '0\.0\.0\.0:443' .*CAP_NET_BIND_SERVICE"):
+        check("0.0.0.0:443")
