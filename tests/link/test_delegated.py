@@ -66,7 +66,7 @@ def test_a_site_that_trains_takes_its_next_certificate_and_loses_nothing(link: L
 
 @pytest.fixture
 def delegated(tmp_path: Path) -> Iterator[LinkServer]:
-    with run_link_server(tmp_path, registrar_days=30) as server:
+    with run_link_server(tmp_path, days=9, registrar_days=30) as server:
         yield server
 
 

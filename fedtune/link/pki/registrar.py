@@ -186,6 +186,11 @@ def current_renewals(data: bytes, root: bytes) -> Renewals:
     return decode_renewals(*split_file(data), known.delegation, known.federation)
 
 
+def last_second(registrar: Registrar, *, now: int) -> int:
+    """Return until when a certificate lasts that is issued now."""
+    return min(now + CERTIFICATE_DAYS * DAY_S, registrar.delegation.not_after)
+
+
 def issue(
     registrar: Registrar, data: bytes, root: bytes, request: enrollment.Request, statement: bytes, *, now: int
 ) -> tuple[bytes, bytes]:
@@ -200,7 +205,7 @@ def issue(
     if party is None or party.state != "active" or asked != (party.key, party.org, "client") or party.role != "client":
         raise WireError("request: expected one of an active client with its own key; got another")
     public = certificates.csr_key(request.csr)
-    end = min(now + CERTIFICATE_DAYS * DAY_S, registrar.delegation.not_after)
+    end = last_second(registrar, now=now)
     pem = certificates.issue_certificate(
         public,
         f"{certificates.SCHEME}{known.federation}/{party.org}/{party.name}",

@@ -113,7 +113,7 @@ class Desk:
             return self._refuse(party.name, rejection(pb.DISK_LOW, "disk", "a disk that can be written", "none"))
 
     def _issue(self, request: enrollment.Request, statement: bytes) -> bytes | None:
-        """Return a bundle by this server's own registrar; None if it has none, or that may not for long any more.
+        """Return a bundle by this server's own registrar; None if it has none, or that cannot renew for longer.
 
         Raises:
             RejectionError: if the client has not signed for its TLS key.
@@ -122,6 +122,9 @@ class Desk:
         folder, now = self._identity.folder, int(self._now())
         own = registrar.load_registrar(folder, self._roster.refresh())
         if own is None or own.delegation.not_after - now < registrar.LAST_DAYS * registrar.DAY_S:
+            return None
+        # A certificate of the CA may last longer than what a registrar can give: that one is for the CA to renew.
+        if registrar.last_second(own, now=now) <= self._roster.current().parties[request.name].not_after:
             return None
         try:
             pem, data = registrar.renew_client(folder, own, request, statement, now=now)

@@ -75,9 +75,9 @@ class Registry:
         return self.forge(change)
 
 
-def make_registry(folder: Path, *, days: int = 30, now: int = NOW) -> Registry:
+def make_registry(folder: Path, *, days: int = 30, certificate_days: int = 90, now: int = NOW) -> Registry:
     """Enrol a coordinator and two clients, and let the coordinator renew them."""
-    places = dict(enroll_parties(folder, now=now))
+    places = dict(enroll_parties(folder, now=now, days=certificate_days))
     server = load_identity(places["server"], role="coordinator", now=now)
     _, delegation = registrar.read_ask(
         registrar.ask(server, now=now), authority.current_roster(places["ca"]), days=days, now=now

@@ -286,7 +286,7 @@ def test_the_server_asks_for_its_own_next_certificate_and_installs_it(counter: C
 
 
 def test_a_registrar_extends_the_roster_and_its_end_is_said_in_time(tmp_path: Path) -> None:
-    registry = make_registry(tmp_path, days=40)
+    registry = make_registry(tmp_path, days=40, certificate_days=38)
     wall, events = Clock(float(NOW)), list[tuple[str, dict[str, int | str]]]()
     roster = RosterFile(registry.file, registry.server.root, now=wall)
 
@@ -305,6 +305,7 @@ def test_a_registrar_extends_the_roster_and_its_end_is_said_in_time(tmp_path: Pa
     party, data = roster.current().parties["site-a"], registry.places["site-a"]
     call = pb.RenewRequest(request=own_bytes(data), statement=statement)
     assert desk.renew(party, call).bundle
+    assert desk.renew(party, call).WhichOneof("what") == "pending"  # no longer than the one that it has
     assert request.name == "site-a"
     wall.now += 13 * DAY_S
     desk.look()
