@@ -35,7 +35,8 @@ from fedtune.link.client.client import Client  # noqa: E402
 from fedtune.link.client.training_process import WorkProgress  # noqa: E402
 from fedtune.link.settings import Policy  # noqa: E402
 from fedtune.link.envelopes import TRAIN  # noqa: E402
-from fedtune.link.pki.identity import Identity, load_identity  # noqa: E402
+from fedtune.link.pki.identity import ROSTER, Identity, load_identity  # noqa: E402
+from fedtune.link.pki.roster import RosterFile  # noqa: E402
 from fedtune.link.pki.roster import RosterFile  # noqa: E402
 from fedtune.link.server.assignments import ReceivedParts  # noqa: E402
 from fedtune.link.server.blocklist import Blocklist  # noqa: E402
@@ -220,7 +221,9 @@ def plain_server(folder: Path, mb: int, keep: bool) -> None:
             "Up": grpc.stream_unary_rpc_method_handler(up),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("plain", handlers),))
-        port = server.add_secure_port("127.0.0.1:0", server_credentials(identity(folder, "server")))
+        own = identity(folder, "server")
+        roster = RosterFile(own.folder / ROSTER, own.root)
+        port = server.add_secure_port("127.0.0.1:0", server_credentials(own, roster))
         await server.start()
         say(port=port)
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)

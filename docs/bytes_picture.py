@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from fedtune.report.drawing import COLOURS, MARKERS, new_figure, png, styled
+from fedtune.report.drawing import COLOURS, MARKERS, new_figure, png, with_style
 
 TARGET = Path(__file__).parent / "images" / "loss-against-bytes.png"
 Point = tuple[float, float]
@@ -30,7 +30,7 @@ def point(run: Path) -> tuple[str, str, Point]:
     return line, recipe, (sent, summary["after"]["test"]["loss"])
 
 
-@styled
+@with_style
 def picture(points: Sequence[tuple[str, str, Point]]) -> bytes:
     """Return the picture as PNG: mean and standard deviation over the seeds of each recipe."""
     lines: Mapping[str, Mapping[str, list[Point]]] = defaultdict(lambda: defaultdict(list))

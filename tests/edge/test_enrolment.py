@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedtune.config.reading import read
 from fedtune.config.site import bind_site
-from fedtune.config.site_text import device_text
+from fedtune.config.site_text import device_text, with_port
 from fedtune.edge.enrolment import (
     accept,
     anchors_fingerprint,
@@ -21,7 +21,6 @@ from fedtune.edge.enrolment import (
     places,
     proposed_name,
     request,
-    with_port,
     write_site,
 )
 from fedtune.errors import ConfigError
