@@ -37,7 +37,6 @@ from fedtune.link.settings import Policy  # noqa: E402
 from fedtune.link.envelopes import TRAIN  # noqa: E402
 from fedtune.link.pki.identity import ROSTER, Identity, load_identity  # noqa: E402
 from fedtune.link.pki.roster import RosterFile  # noqa: E402
-from fedtune.link.pki.roster import RosterFile  # noqa: E402
 from fedtune.link.server.assignments import ReceivedParts  # noqa: E402
 from fedtune.link.server.blocklist import Blocklist  # noqa: E402
 from fedtune.link.server.dispatcher import Dispatcher  # noqa: E402
