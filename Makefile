@@ -28,7 +28,7 @@ build = TORCH=$(TORCH) SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --f
 	$(BIN)/python clients/edge/build.py $(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all style types fast full guarantees soak docs docs-serve bench proto format clean \
+.PHONY: help demo test test-all test-lowest style types fast full guarantees soak docs docs-serve bench proto format clean \
 	edge edge-onnx edge-gguf edge-client
 
 help:  ## list these targets
@@ -42,6 +42,17 @@ test: $(INSTALLED)  ## check style and types, and run the fast tests beside them
 
 test-all: $(INSTALLED)  ## the same with every test: all crash points, kills, chaos, Ray, SuperLink, wheel and sdist
 	@$(MAKE) --no-print-directory --jobs style types full
+
+# In an environment of its own; needs uv and an index.
+RESOLUTION ?= lowest-direct
+LOWEST := build/lowest/bin/python
+test-lowest:  ## test training, messages and commands with the oldest packages allowed; RESOLUTION=highest takes the newest
+	@uv venv --quiet --clear build/lowest
+	@uv pip install --quiet --python $(LOWEST) --resolution $(RESOLUTION) --editable .
+	@uv pip install --quiet --python $(LOWEST) pytest hypothesis 'click>=8.2'
+	@uv pip freeze --python $(LOWEST) | grep -E '^(torch|transformers|peft|numpy|protobuf|typer|click|pydantic|grpcio)='
+	@OMP_NUM_THREADS=1 $(LOWEST) -m pytest tests/model/test_train.py tests/model/test_lora.py \
+		tests/wire/test_codec.py tests/cli/test_main.py
 
 style: $(INSTALLED)
 	@echo "ruff check"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from enum import StrEnum
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -23,6 +24,8 @@ TYPES: Mapping[str, str] = {
     "file": "path",
 }
 """What JSON calls the types of options; the others keep their names."""
+PLAIN_TYPES: Mapping[Any, str] = {int: "integer", float: "number", bool: "boolean", str: "string", Path: "path"}
+"""The same by annotation."""
 
 
 class Part(StrEnum):
@@ -105,22 +108,48 @@ def command_object(name: str, command: Any) -> Mapping[str, Any]:
 
 def parameter(param: Any) -> Mapping[str, Any]:
     """Return an argument or an option; what does not hold of it is left out."""
-    kind, option = param.type, param.param_type_name == "option"
+    kind, option = value_type(param), param.param_type_name == "option"
     flag = option and bool(param.is_flag)
     facts = {
         "names": [*param.opts, *param.secondary_opts] if option else None,
         "name": None if option else param.metavar or param.name.upper(),
-        "type": "boolean" if flag else TYPES.get(kind.name, kind.name),
+        "type": "boolean" if flag else kind.name,
         "value": None if flag or not option else param.metavar,
-        "choices": list(map(str, kind.choices)) if getattr(kind, "choices", None) else None,
-        "minimum": getattr(kind, "min", None),
-        "maximum": getattr(kind, "max", None),
+        "choices": list(kind.choices) or None,
+        "minimum": kind.minimum,
+        "maximum": kind.maximum,
         "default": plain_default(param.default),
         "required": param.required or None,
         "multiple": param.multiple if option and param.multiple else None,
         "help": getattr(param, "help", None),
     }
     return {key: value for key, value in facts.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class ValueType:
+    """What an option or argument takes: its type as JSON calls it, and what bounds it."""
+
+    name: str
+    choices: Sequence[str] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+
+
+def value_type(param: Any) -> ValueType:
+    """Return what an option or argument takes, by click's type of it or, from typer 0.26 on, by its annotation."""
+    if (kind := getattr(param, "type", None)) is not None:
+        choices = [str(choice) for choice in getattr(kind, "choices", ())]
+        return ValueType(
+            TYPES.get(kind.name, kind.name), choices, getattr(kind, "min", None), getattr(kind, "max", None)
+        )
+    described = param.type_descriptor
+    chosen = described.choices
+    # Of a list, the type of its items.
+    plain = next(iter(get_args(described.annotation)), described.annotation)
+    name = "choice" if chosen else PLAIN_TYPES.get(plain, "path" if described.is_path else "string")
+    choices = [str(choice.value if isinstance(choice, Enum) else choice) for choice in chosen or ()]
+    return ValueType(name, choices, param.min, param.max)
 
 
 def plain_default(default: Any) -> str | float | None:

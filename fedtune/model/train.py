@@ -30,6 +30,8 @@ from fedtune.probing.order import batches
 from fedtune.probing.steps import OnStep, no_steps
 from fedtune.seeds import derive
 
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+"""What transformers calls it today, and up to some release of 5."""
 MAX_SKIPPED = 3
 """Steps of a round that a client may leave out because their loss or gradient is not finite."""
 
@@ -257,7 +259,8 @@ def training_mode(base: Base, training: Training) -> Iterator[None]:
 @contextmanager
 def activation_checkpointing(model: Any) -> Iterator[None]:
     """Let a model compute activations again in the backward pass instead of storing them, inside the block."""
-    model.activation_checkpointing_enable()
+    name = next(name for name in CHECKPOINTING if hasattr(model, f"{name}_enable"))
+    getattr(model, f"{name}_enable")()
     # Enabling puts a hook on the embeddings that asks for their gradient: backward passes would then go through every
     # block, also through those below the lowest that is trained. Checkpoints need none of that.
     model.disable_input_require_grads()
@@ -277,7 +280,7 @@ def activation_checkpointing(model: Any) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-        model.activation_checkpointing_disable()
+        getattr(model, f"{name}_disable")()
 
 
 def in_eval_mode(module: torch.nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:

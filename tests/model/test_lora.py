@@ -269,7 +269,7 @@ def test_logits_and_gradients_are_pefts(name: str, scale: float, loaded: Any) ->
         torch.manual_seed(3)
         found = model(input_ids=IDS, labels=IDS)
         found.loss.backward()
-        tolerance = 0.0 if scale in (2.0, 0.5) else 1e-6
+        tolerance = 0.0 if scale in (2.0, 0.5) else 2e-6  # 1.3e-6 apart with the kernels of torch 2.10
         torch.testing.assert_close(found.logits, expected.logits, rtol=tolerance, atol=tolerance)
         for key, layer in layers(model).items():
             other = stock.get_submodule(f"base_model.model.{key}")
