@@ -20,6 +20,7 @@ from docs.data_pages import preset_table
 from docs.edge_pages import edge_page
 from docs.guarantees import guarantees_page, marked_tests, read_record
 from docs.import_pages import import_table
+from docs.notebook_pages import notebook_page
 from docs.schema_pages import enum_table, exception_table, message_blocks, record_table
 from docs.settings_pages import RECIPE_INTRODUCTIONS, settings_page
 from fedtune.config.key_tables import recipe_tables, server_tables, site_tables
@@ -50,6 +51,7 @@ def generated_pages() -> Mapping[str, str]:
     pages["reference/server.md"] = settings_page("Server file", server, server_tables())
     pages["explanation/guarantees.md"] = guarantees_page(read_record(), marked_tests())
     pages["reference/fedtune-edge.md"] = edge_page()
+    pages["notebooks/first-federation.md"] = notebook_page()
     for name, command in commands():
         pages[f"reference/commands/{command_file(name)}"] = command_page(name, command)
     return pages

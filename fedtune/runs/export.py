@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedtune.config import Recipe
-from fedtune.config.recipe import AT_SITES, sized_adapter
+from fedtune.config.recipe import AT_SITES, PYTHON, sized_adapter
 from fedtune.config.tables import bind_table
 from fedtune.errors import ConfigError, Fault, StoreError
 from fedtune.lora.adapter import Adapter, Factors
@@ -187,8 +187,8 @@ def _export_seeds(
 
 
 def base_of(recipe: Recipe, origin: Mapping[str, Any]) -> Base:
-    """Return the base of a run; of one whose data lie at its sites the classes are those that its result names."""
-    if recipe.data.source != AT_SITES:
+    """Return the base of a run; of one whose data are not here the classes are those that its result names."""
+    if recipe.data.source not in (AT_SITES, PYTHON) or recipe.model.base == PYTHON:
         from fedtune.runs.local import prepare
 
         return prepare(recipe).base

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.config import Recipe
-from fedtune.config.recipe import AT_SITES
+from fedtune.config.recipe import AT_SITES, PYTHON
 from fedtune.data.encode import Example
+from fedtune.data.settings import Split
 from fedtune.errors import ConfigError, Fault
 from fedtune.evaluation import intervals
 from fedtune.evaluation.intervals import Estimate
@@ -42,18 +43,21 @@ def bind_with_test(run: Path, data: str | Path | None) -> Recipe:
     """Return a run's recipe to score by, with another file as its test data if one is given.
 
     Raises:
-        ConfigError: if the rows are at its sites and no file is given.
+        ConfigError: if its rows are not here, for they are at its sites or were Python objects, and no file is given.
     """
     bound = bind_to_score(run)
     if data is not None:
         split = replace(bound.data.split, match=None)  # these rows belong to no client
         bound = replace(bound, data=replace(bound.data, test=str(Path(data).resolve()), split=split))
-    if bound.data.source == AT_SITES:
-        if bound.data.test is None:
-            hint = "give --data FILE, of rows with the columns that the sites have"
-            raise ConfigError(Fault("data.test", "data to score on", "a run whose data lie at its sites", hint))
+    if bound.data.source in (AT_SITES, PYTHON):
+        if bound.data.test in (None, PYTHON):
+            of_python = bound.data.source == PYTHON
+            got = "a run whose rows were Python objects" if of_python else "a run whose data lie at its sites"
+            hint = f"give --data FILE, of rows with the columns that {'they' if of_python else 'the sites'} have"
+            raise ConfigError(Fault("data.test", "data to score on", got, hint))
         # What no client is here for any more: the file takes the place of all of them.
-        bound = replace(bound, data=replace(bound.data, source=bound.data.test), override=())
+        split = Split("files")
+        bound = replace(bound, data=replace(bound.data, source=bound.data.test, split=split), override=())
     return bound
 
 

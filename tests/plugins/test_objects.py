@@ -193,6 +193,14 @@ def test_one_data_set_is_divided_by_the_recipe(recipe: dict[str, Any], tmp_path:
     lines = [json.loads(line) for line in Path(recipe["data"]["source"]).read_text().splitlines()]
     run = fedtune.simulate(tables, data=Dataset.from_list(lines), out=tmp_path / "run")
     assert digests(run.path) == digests(named.path)
+    # Its rows are gone: the base alone is needed to merge, and a file to score.
+    merged, expected = (fedtune.export(one.path, form="merged") / "model.safetensors" for one in (run, named))
+    assert merged.read_bytes() == expected.read_bytes()
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "the lazy dog sleeps"}\n')
+    assert fedtune.evaluate(run.path, data=other)["after"] == fedtune.evaluate(named.path, data=other)["after"]
+    with pytest.raises(ConfigError, match="a run whose rows were Python objects; give --data FILE"):
+        fedtune.evaluate(run.path)
 
 
 @pytest.mark.parametrize(
