@@ -3,8 +3,9 @@
     python benchmarks/flower_strategies.py            SmolLM2-135M's 210 layers, ten clients
     python benchmarks/flower_strategies.py --quick    two of its thirty blocks, in seconds
 
-Prints one JSON line per case: seconds of `configure_train` and `aggregate_train`, the latter as a multiple of FedAvg's
-in the same run, and the largest error of the sum beside a dense one in float64, relative to its largest number.
+Prints one JSON line per case: processor seconds of `configure_train` and `aggregate_train`, the latter as a multiple of
+FedAvg's in the same run, and the largest error of the sum beside a dense one in float64, as a share of its largest
+number.
 """
 
 from __future__ import annotations
@@ -104,19 +105,19 @@ def case(
     ends = ends or {place: state(modules, ranks[place % len(ranks)], f"client {place}") for place in range(CLIENTS)}
     first = state(modules, max(ranks), "first")
     fresh = {key: np.zeros_like(one) if key.endswith(".b") else one for key, one in first.factors.items()}
-    began = time.perf_counter()
+    began = time.process_time()
     arrays: ArrayRecord = to_record(PeftState(fresh, {}))
     messages = list(strategy.configure_train(1, arrays, ConfigRecord(), Nodes()))
-    configured = time.perf_counter() - began
+    configured = time.process_time() - began
     replies = []
     for message in sorted(messages, key=lambda one: one.metadata.dst_node_id):
         place = message.metadata.dst_node_id - 1
         shim.stamp(message, f"message-{place}")
         metrics = MetricRecord({"num-examples": examples(place)})
         replies.append(Message(RecordDict({"arrays": to_record(ends[place]), "metrics": metrics}), reply_to=message))
-    began = time.perf_counter()
+    began = time.process_time()
     strategy.aggregate_train(1, replies)
-    return {"configure_s": configured, "aggregate_s": time.perf_counter() - began}
+    return {"configure_s": configured, "aggregate_s": time.process_time() - began}
 
 
 def state(modules: Mapping[str, tuple[int, int]], rank: int, key: str) -> PeftState:
