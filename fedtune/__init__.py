@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedtune.api import Run, compare, evaluate, simulate
     from fedtune.client import site
     from fedtune.config import Recipe, bind
+    from fedtune.deployment.patch import patch
     from fedtune.errors import ConfigError, FedtuneError
     from fedtune.runs.deploy import deploy, load_pruned
     from fedtune.runs.emulator import export_emulator
@@ -35,6 +36,7 @@ __all__ = [
     "export_emulator",
     "load_pruned",
     "merge",
+    "patch",
     "plug_back",
     "replay",
     "simulate",
@@ -54,6 +56,7 @@ _HOMES = {
     "export_emulator": "runs.emulator",
     "plug_back": "runs.plug_back",
     "merge": "runs.merge",
+    "patch": "deployment.patch",
     "replay": "runs.export",
 }
 

@@ -83,8 +83,8 @@ class TrainingOrder:
 
 Function: TypeAlias = Callable[[Any, TrainingData, TrainingOrder], object]
 """(`peft.PeftModel`, data, order): trains the model's adapter in place, or returns the model that holds it."""
-Losses: TypeAlias = Callable[[Any], float | None]
-"""From a model to its mean loss on the rows that a trainer is measured by."""
+Losses: TypeAlias = Callable[[Any, int], float | None]
+"""(model, steps of the round): its mean loss on the rows that a trainer is measured by."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,15 @@ class OwnTrainer:
     rows: Any = None
     """The client's data as Python code gave them."""
     losses: Losses | None = None
-    """Measures the losses before and after; None: fedtune does, on its own examples."""
+    """Measures the losses before and after, of a trainer that holds its data itself; None: fedtune does."""
     preference: float | None = None
     """DPO's beta of what it trains; None of what compares no answers."""
     quotes: bool = False
     """Whether the text of its errors may be shown: in a simulation, where the data are the user's own."""
     folder: Path | None = None
     """Where it may store something from round to round."""
+    announce: Callable[[Assignment], object] = lambda assignment: None
+    """Called with an order that is about to be followed: other processes of this client follow it too."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,11 @@ def train_by_trainer(
     refuse_for_trainer(own, base, assignment)
     if not examples:
         raise ClientError(f"{plan.client}: expected at least one training example; got none; give the client more data")
+    own.announce(assignment)
     began, received = time.perf_counter(), task.blobs.get("saved", {})
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(base.device)
+    steps = plan.training.steps or 1
     parts: Sequence[Sequence[Example]] = ()
     loss_before: float | None = None
     if own.losses is None:
@@ -176,14 +180,14 @@ def train_by_trainer(
     ):
         parameters = dict(base.model.named_parameters())
         full = {name: parameters[name].requires_grad_(True) for name in received}
-        loss_before = own.losses(model) if own.losses is not None else loss_before
+        loss_before = own.losses(model, steps) if own.losses is not None else loss_before
         check_finite(loss_before, f"{plan.client}, before step 1", plan.training)
-        with stepping(model, task.terms, plan.training.steps or 0, on_step) as (watch, hooks):
+        with stepping(model, task.terms, steps, on_step) as (watch, hooks):
             watch.model = call(own, model, examples, assignment, base)
         final = read_factors(watch.model, initial, scale=plan.scale, client=plan.client)
         check_trained(final, initial, watch, hooks, assignment)
         saved = {name: to_numpy(parameter) for name, parameter in full.items()}
-        loss_after = own.losses(watch.model) if own.losses is not None else None
+        loss_after = own.losses(watch.model, steps) if own.losses is not None else None
         final = hooks.after_training(final)
     if own.losses is None:
         with attach_as_fedtune(base, assignment, final, saved):

@@ -245,6 +245,7 @@ def from_file(path: str, labels: tuple[str, ...] = (), date: str = "") -> Site:
         shared=shared,
         date=written_day(settings.model, data, federation, base),
         reload=lambda names, day: from_file(path, tuple(names), day),
+        own=own_trainer(settings.client.trainer) if settings.client else None,
     )
 
 

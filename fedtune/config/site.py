@@ -13,9 +13,10 @@ from fedtune.config.adapter_kinds import layers_faults
 from fedtune.config.binding import bind_name
 from fedtune.config.presets import expand_data_preset
 from fedtune.config.reading import apply_overrides, parse, read
+from fedtune.config.recipe import PYTHON
 from fedtune.config.tables import apply_rule, bind_table, bind_value, freeze_table, unknown_keys
 from fedtune.data.federation import Federation, Shard
-from fedtune.data.settings import DataSettings
+from fedtune.data.settings import GROUP, DataSettings
 from fedtune.data.settings import faults as data_faults
 from fedtune.errors import ConfigError, Fault
 from fedtune.link.client.conditions import Conditions
@@ -66,6 +67,14 @@ class Layers:
 
 
 @dataclass(frozen=True)
+class OwnTraining:
+    """How a site trains, where fedtune does not; the table `client` of a site."""
+
+    trainer: str
+    """A function that trains the adapter in place of fedtune: `package.module:function`, which Python can import."""
+
+
+@dataclass(frozen=True)
 class SiteSettings:
     """A client's own file: its name, its base, its data, and what it allows."""
 
@@ -86,6 +95,8 @@ class SiteSettings:
     """How it connects to a server of fedtune's own; none for a site on a SuperNode."""
     policy: Policy = field(default_factory=Policy)
     """What it agrees to do over the link."""
+    client: OwnTraining | None = None
+    """None: fedtune trains."""
 
     @property
     def state(self) -> Path:
@@ -99,20 +110,32 @@ TABLES: Mapping[str, type[Any]] = {
     "data": DataSettings,
     "link": JoinSettings,
     "policy": Policy,
+    "client": OwnTraining,
 }
 """The settings by their table."""
 
 
-def bind_site(path: Path) -> SiteSettings:
+LOADED: Mapping[str, Mapping[str, Any]] = {
+    "model": {"base": PYTHON},
+    "data": {"source": PYTHON, "split": {"kind": "key", "by": GROUP}},
+}
+"""Keys of a site whose base and data are in the Python process that joins."""
+
+
+def bind_site(path: Path | Mapping[str, Any], *, loaded: bool = False) -> SiteSettings:
     """Read, check and freeze a site file.
+
+    Args:
+        path: of the file; or its tables.
+        loaded: whether base and data are Python objects, whatever the file names.
 
     Raises:
         ConfigError: with every fault at once, or the reason why the file cannot be read.
     """
-    if not path.is_file():
+    if isinstance(path, Path) and not path.is_file():
         fault = Fault("", "a site file", "no such file", "fedtune site init writes one")
         raise ConfigError(fault, source=str(path))
-    return bind_table_of_site(*read(path))
+    return bind_table_of_site(*read(path), loaded=loaded)
 
 
 def bind_site_text(text: str, path: Path) -> SiteSettings:
@@ -124,16 +147,19 @@ def bind_site_text(text: str, path: Path) -> SiteSettings:
     return bind_table_of_site(path.name, path.stem, path.absolute().parent, parse(text, path.name))
 
 
-def bind_table_of_site(label: str, stem: str, root: Path, read_table: Mapping[str, Any]) -> SiteSettings:
-    """Check and freeze the tables of a site file.
+def bind_table_of_site(
+    label: str, stem: str, root: Path, read_table: Mapping[str, Any], *, loaded: bool = False
+) -> SiteSettings:
+    """Check and freeze the tables of a site file; see `bind_site`.
 
     Raises:
         ConfigError: with every fault at once.
     """
     faults: list[Fault] = []
-    table = expand_data_preset(apply_overrides(read_table, (), faults))
+    own = {name: {**read_table.get(name, {}), **keys} for name, keys in LOADED.items()} if loaded else {}
+    table = expand_data_preset(apply_overrides({**read_table, **own}, (), faults))
     faults.extend(unknown_keys(table, ("name", "seed", *TABLES), ""))
-    needed = ("model", "data") if names_bundle(table, root) else ("model", "adapter", "data")
+    needed = ("model", "data") if loaded or names_bundle(table, root) else ("model", "adapter", "data")
     for name in needed:
         if name not in table:
             faults.append(Fault(name, f"the table [{name}]", "nothing"))
@@ -237,7 +263,7 @@ def policy_faults(site: SiteSettings) -> Sequence[Fault]:
     except ConfigError as error:
         return error.faults
     data = site.data
-    if not policy.columns:
+    if not policy.columns or data.source == PYTHON:
         return ()
     if not data.fields:
         return [Fault("data.fields", "every column by name, where policy.columns names some", "none")]

@@ -18,6 +18,7 @@ from fedtune.config import Recipe, planned_training
 from fedtune.config.consent import first_order, permission_texts
 from fedtune.config.recipe import method_of, probing_training, requested_verb
 from fedtune.config.site import SiteSettings, bind_site
+from fedtune.config.trainer_checks import own_training_faults
 from fedtune.deployment.consent import accepted_recipe, order_check
 from fedtune.errors import ConfigError, Fault
 from fedtune.link.audit_log import AuditLog, RecordEvent, log_event, record_to_all
@@ -60,13 +61,13 @@ class JoinSetup:
     conditions: Conditions
 
 
-def load_join_setup(site: Path, *, server: str | None = None) -> JoinSetup:
-    """Return the site of a file, after every check that needs no network.
+def load_join_setup(site: Path | SiteSettings, *, server: str | None = None) -> JoinSetup:
+    """Return the site of a file, or of settings that were read already, after every check that needs no network.
 
     Raises:
         ConfigError: naming what is missing or wrong.
     """
-    settings = bind_site(site)
+    settings = site if isinstance(site, SiteSettings) else bind_site(site)
     link = settings.link
     if link is None:
         if server is None:
@@ -92,7 +93,7 @@ def load_join_setup(site: Path, *, server: str | None = None) -> JoinSetup:
 
 
 def join(
-    site: Path,
+    site: Path | SiteSettings,
     *,
     server: str | None = None,
     record: RecordEvent,
@@ -102,11 +103,12 @@ def join(
     command: Sequence[str] | None = None,
     idle_s: float | None = None,
     trainer: Trainer | None = None,
+    started: Callable[[Client], object] = lambda client: None,
 ) -> End:
     """Connect, and do the tasks that the site's policy allows until the run is complete.
 
     Args:
-        site: the site's own file.
+        site: the site's own file; or its settings, beside a trainer.
         server: address instead of the file's.
         record: receives the events, beside the audit log.
         agree: asked with the recipe before the site takes part in a run, if its policy has `ask`.
@@ -116,12 +118,15 @@ def join(
         idle_s: without work for so long that process is ended; None: never, since a client with torch would forget the
             state that short messages of `fedkseed` refer to.
         trainer: trains in place of such a process.
+        started: called with the client before it runs, which can be stopped by it.
 
     Raises:
         ConfigError: if something must be changed before this can succeed.
         StoreError: if the state folder cannot be written.
     """
     setup = load_join_setup(site, server=server)
+    if suits is None and setup.settings.client is not None:
+        suits = suits_trainer
     with store_errors(setup.state):
         setup.state.parent.mkdir(parents=True, exist_ok=True)
         # Updates lie here, from which something of the data may be inferred.
@@ -138,7 +143,7 @@ def join(
         if trainer is None:
             process = make_trainer(
                 command or TORCH_PROCESS,
-                site,
+                file_of(site),
                 record_all,
                 max_memory_gib=setup.settings.policy.max_memory_gib,
                 idle_s=idle_s,
@@ -159,7 +164,29 @@ def join(
             each_second=status.look,
             agree=partial(takes_part, suits, setup.identity.name, agree if setup.settings.policy.ask else None),
         )
+        started(client)
         return client.run()
+
+
+def suits_trainer(recipe: Recipe, client: str) -> None:
+    """Refuse a run of which a site with a trainer of its own could not do a part.
+
+    Raises:
+        ConfigError: naming all of them.
+    """
+    if faults := list(own_training_faults(recipe, "a trainer of the site's own")):
+        raise ConfigError(faults)
+
+
+def file_of(site: Path | SiteSettings) -> Path:
+    """Return the file that a process of its own reads.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if isinstance(site, SiteSettings):
+        raise ConfigError(Fault("site", "a file, which the process that trains reads", "settings"))
+    return site
 
 
 def takes_part(suits: CheckRecipe | None, client: str, agree: Callable[[str], bool] | None, greeting: Greeting) -> bool:
