@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedtune.client import site
     from fedtune.config import Recipe, bind
     from fedtune.deployment.patch import patch
+    from fedtune.deployment.python_site import Site
     from fedtune.errors import ConfigError, FedtuneError
     from fedtune.runs.deploy import deploy, load_pruned
     from fedtune.runs.emulator import export_emulator
@@ -28,6 +29,7 @@ __all__ = [
     "FedtuneError",
     "Recipe",
     "Run",
+    "Site",
     "bind",
     "compare",
     "deploy",
@@ -57,6 +59,7 @@ _HOMES = {
     "plug_back": "runs.plug_back",
     "merge": "runs.merge",
     "patch": "deployment.patch",
+    "Site": "deployment.python_site",
     "replay": "runs.export",
 }
 
