@@ -15,8 +15,10 @@ from torch.utils.data import Subset
 from transformers import TrainerCallback
 
 from fedtune.client.own_trainer import OwnTrainer, TrainingData, TrainingOrder
+from fedtune.client.site import Site
 from fedtune.data.loss_rows import num_loss_rows
 from fedtune.errors import ConfigError, Fault, type_of
+from fedtune.link.settings import Policy
 from fedtune.model.base import Base, base_of
 from fedtune.model.device import name_of
 from fedtune.model.libraries import quiet
@@ -119,7 +121,11 @@ def hf_training(
 
     def function(model: Any, data: TrainingData, order: TrainingOrder) -> None:
         args = {"max_steps": order.steps, "seed": order.seed, "data_seed": order.seed}
-        with used(trainer, model), changed(trainer.args, args), first(trainer.callback_handler.callbacks, callback):
+        with (
+            hold_model(trainer, model),
+            set_arguments(trainer.args, args),
+            first(trainer.callback_handler.callbacks, callback),
+        ):
             left.output = train()
             left.steps, left.history = trainer.state.global_step, list(trainer.state.log_history)
         tensors = get_peft_model_state_dict(model)
@@ -150,6 +156,21 @@ def give_model(trainer: Any, base: Base, left: Continued, result: str) -> None:
         else:
             return
     trainer.model = trainer.model_wrapped = model
+
+
+def site_of_trainer(trainer: Any, name: str, policy: Policy, base: Base, own: OwnTrainer) -> Site:
+    """Return the site whose data and training are a Trainer's."""
+    return Site(
+        name,
+        base,
+        range(len(trainer.train_dataset)),  # type: ignore[arg-type]  # counted, and never read
+        labels=(),
+        threads=torch.get_num_threads(),
+        scores=policy.scores,
+        policy=policy,
+        measures_speed=True,
+        own=own,
+    )
 
 
 def preference_of(trainer: Any) -> float | None:
@@ -202,7 +223,7 @@ def mean_loss(trainer: Any, model: Any, steps: int) -> float | None:
     some = rows.select(places) if hasattr(rows, "select") else Subset(rows, places)
     total, parts = 0.0, 0
     was_training = model.training
-    with used(trainer, model), unnoted(trainer), torch.no_grad():
+    with hold_model(trainer, model), count_nothing(trainer), torch.no_grad():
         model.eval()
         for inputs in trainer.get_eval_dataloader(some):
             with trainer.compute_loss_context_manager():
@@ -213,7 +234,7 @@ def mean_loss(trainer: Any, model: Any, steps: int) -> float | None:
 
 
 @contextmanager
-def used(trainer: Any, model: Any) -> Iterator[None]:
+def hold_model(trainer: Any, model: Any) -> Iterator[None]:
     """Have a Trainer hold a model inside the block, and no optimizer of another one."""
     names = ("model", "model_wrapped", "optimizer", "lr_scheduler")
     before = {name: getattr(trainer, name) for name in names}
@@ -228,7 +249,7 @@ def used(trainer: Any, model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def changed(arguments: Any, values: Mapping[str, Any]) -> Iterator[None]:
+def set_arguments(arguments: Any, values: Mapping[str, Any]) -> Iterator[None]:
     """Give a Trainer's arguments other values inside the block."""
     before = {name: getattr(arguments, name) for name in values}
     for name, value in values.items():
@@ -251,16 +272,16 @@ def first(callbacks: list[Any], callback: Any) -> Iterator[None]:
 
 
 @contextmanager
-def unnoted(trainer: Any) -> Iterator[None]:
+def count_nothing(trainer: Any) -> Iterator[None]:
     """Have a Trainer of trl count nothing inside the block for its next log."""
     metrics: Any = getattr(trainer, "_metrics", {})
-    before = {mode: {key: list(numbers) for key, numbers in one.items()} for mode, one in metrics.items()}
+    before = {mode: {key: list(numbers) for key, numbers in own.items()} for mode, own in metrics.items()}
     tokens = getattr(trainer, "_total_train_tokens", None)
     try:
         yield
     finally:
-        for mode, one in before.items():
+        for mode, numbers in before.items():
             metrics[mode].clear()
-            metrics[mode].update(one)
+            metrics[mode].update(numbers)
         if tokens is not None:
             trainer._total_train_tokens = tokens

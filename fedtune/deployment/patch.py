@@ -20,7 +20,6 @@ from fedtune.link.client.local_trainer import LocalTrainer
 from fedtune.probing.steps import OnStep
 
 if TYPE_CHECKING:
-    from fedtune.client.own_trainer import OwnTrainer
     from fedtune.client.site import Site
 
 AnyTrainer = TypeVar("AnyTrainer")
@@ -92,7 +91,7 @@ def train_in_rounds(
     Raises:
         ConfigError: if the run asks for what no Trainer can do, or something must be changed to connect.
     """
-    from fedtune.client.hf_trainer import base_of_trainer, give_model, hf_training
+    from fedtune.client.hf_trainer import base_of_trainer, give_model, hf_training, site_of_trainer
     from fedtune.client.ranks import ranks_here
 
     if args or any(value is not None for value in options.values()):
@@ -106,7 +105,7 @@ def train_in_rounds(
     try:
         own, left = hf_training(trainer, keep_optimizer=keep_optimizer)
         own = replace(own, announce=ranks.announce if ranks.rank == 0 else own.announce)
-        site = site_of_trainer(trainer, settings, base, own)
+        site = site_of_trainer(trainer, settings.name, settings.policy, base, own)
         if ranks.rank:
             result = ranks.follow(site.perform)
         else:
@@ -119,25 +118,6 @@ def train_in_rounds(
     finally:
         vars(trainer)["train"] = patched
     return left.output
-
-
-def site_of_trainer(trainer: Any, settings: SiteSettings, base: Any, own: OwnTrainer) -> Site:
-    """Return the site whose data and training are a Trainer's."""
-    import torch
-
-    from fedtune.client.site import Site
-
-    return Site(
-        settings.name,
-        base,
-        range(len(trainer.train_dataset)),  # type: ignore[arg-type]  # counted, and never read
-        labels=(),
-        threads=torch.get_num_threads(),
-        scores=settings.policy.scores,
-        policy=settings.policy,
-        measures_speed=True,
-        own=own,
-    )
 
 
 @dataclass

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch import distributed
+from torch import distributed as torch_distributed
 
-from fedtune.client import ranks
 from fedtune.client.ranks import Ranks, ranks_here
 from fedtune.messages import Assignment, Plan, Training, TrainLora
+
+distributed: Any = torch_distributed
+"""Some of what is used here has no types."""
 
 
 def order(number: int) -> Assignment:
@@ -48,7 +50,7 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sequence[Ranks]:
         options.rootRank, options.rootTensor = source, 0
         group.broadcast([tensor], options).wait()
 
-    monkeypatch.setattr(ranks.distributed, "broadcast", broadcast)
+    monkeypatch.setattr("torch.distributed.broadcast", broadcast)
     return [Ranks(rank, 2, made[rank]) for rank in range(2)]
 
 

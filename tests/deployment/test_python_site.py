@@ -18,7 +18,7 @@ __all__ = ["loaded"]
 # PEFT reads names of transformers that are to go.
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 ROWS = [{"text": f"the quick brown fox jumps over {number} dogs"} for number in range(8)]
-TABLES = {"policy": {"min_examples": 1}, "data": {"template": "plain", "max_tokens": 32}}
+TABLES: dict[str, dict[str, Any]] = {"policy": {"min_examples": 1}, "data": {"template": "plain", "max_tokens": 32}}
 
 
 def site(base: Any, data: Any = ROWS, **options: Any) -> fedtune.Site:
