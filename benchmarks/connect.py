@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,12 @@ def until_hello(*words: str) -> float:
     raise SystemExit(f"no hello: {''.join(lines)}")
 
 
+def processor_s() -> float:
+    """Return the seconds that processes which have ended took of the processor, whatever else the machine did."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def until_greeted(running: LinkServer, settings: JoinSettings) -> float:
     """Return the seconds of a connection and a hello in this process, where everything is imported."""
     began = time.perf_counter()
@@ -91,11 +98,17 @@ def main() -> None:
             "fedtune site check, straight": lambda: until_end(*fedtune, "site", "check", straight),
         }
         seconds: dict[str, list[float]] = {name: [] for name in measured}
+        processor: dict[str, list[float]] = {name: [] for name in measured}
         for _ in range(runs):
             for name, measure in measured.items():
+                before = processor_s()
                 seconds[name].append(measure())
+                processor[name].append(processor_s() - before)
     for name, values in seconds.items():
-        print(f"{name:30} {median(values):6.2f} s   {min(values):.2f} to {max(values):.2f}")
+        print(f"{name:30} {median(values):6.2f} s   {min(values):.2f} to {max(values):.2f}", end="")
+        print(
+            f"   processor {median(processor[name]):6.2f} s   {min(processor[name]):.2f} to {max(processor[name]):.2f}"
+        )
     with (
         tempfile.TemporaryDirectory() as folder,
         run_link_server(Path(folder)) as running,

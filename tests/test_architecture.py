@@ -195,7 +195,15 @@ def test_a_client_needs_nothing_of_the_server_wing() -> None:
     assert not [name for name in seen if unit(name) in set(SERVER_WING) - {"wire"}]
 
 
-DEVICE = ("fedtune.deployment.join", "fedtune.cli.edge", "fedtune.edge", "fedtune.probing", "fedtune.link.client")
+DEVICE = (
+    "fedtune.deployment.join",
+    "fedtune.deployment.site_check",
+    "fedtune.deployment.site_init",
+    "fedtune.cli.edge",
+    "fedtune.edge",
+    "fedtune.probing",
+    "fedtune.link.client",
+)
 """What `fedtune-edge` starts with: modules, and packages with all that is in them."""
 NOT_ON_A_DEVICE = {
     *("torch", "transformers", "peft", "datasets", "pyarrow", "pandas", "flwr", "typer", "rich", "matplotlib"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from fedtune.config.site import SiteSettings, bind_site
+from fedtune.config.site_text import with_port
 from fedtune.deployment.join import greet
 from fedtune.errors import ConfigError, Fault, FedtuneError
 from fedtune.link.client.http_proxy import parse_proxy, settle_proxy
@@ -104,6 +105,7 @@ def target_of(
     settings = bind_site(site) if site is not None else None
     link = settings.link if settings is not None else None
     if server is not None:
+        server = with_port(server)
         link = replace(link, address=server) if link is not None else JoinSettings(address=server)
     if link is None:
         hint = 'add [link] with address = "HOST:9000", or give --server'

@@ -54,7 +54,7 @@ def test_every_step_of_a_site_that_may_take_part(tmp_path: Path) -> None:
         assert list(through) == list(STEPS)
         assert {one.state for one in through.values()} == {"ok"}
         assert "geheim" not in str(through)
-        assert len(box.heads) == 2  # the walk, and the call
+        assert len(box.heads) == 3  # the walk, the question before a call, and the call
         # A revoked site passes every step but the last two.
         (tmp_path / "barred").write_text("site-a for the test\n")
         running.clock.now += 60

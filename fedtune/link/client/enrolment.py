@@ -10,7 +10,7 @@ import grpc
 
 from fedtune.errors import ConfigError, Fault, FedtuneError, TemporaryError, WireError
 from fedtune.link.client.channel import SPARED_HOSTS, TRANSIENT_STATUS
-from fedtune.link.client.route import walk
+from fedtune.link.client.route import proxy_fault, walk
 from fedtune.link.pki import enrollment
 from fedtune.link.pki.certificates import csr_key, load_signing_key, load_tls_key
 from fedtune.link.pki.identity import SIGN_KEY, TLS_KEY, Identity, read_secret
@@ -112,6 +112,9 @@ def enrol(
             said = text
             say(text)
 
+    # Before gRPC meets it, which would try a wrong password several times.
+    if (fault := proxy_fault(JoinSettings(code.address, proxy=proxy))) is not None:
+        raise no_answer(code, fault.reason, permanent=fault.permanent)
     with enrolment_channel(code, proxy) as channel:
         while True:
             try:
@@ -164,8 +167,14 @@ def describe_failure(code: Code, error: grpc.RpcError, proxy: str) -> ConfigErro
         return ConfigError(Fault("code", "the server of this code's federation", got, hint))
     steps = walk(None, JoinSettings(code.address, proxy=proxy))
     reason = next((step.text for step in steps if not step.ok), details)
+    return no_answer(code, reason, permanent=False)
+
+
+def no_answer(code: Code, reason: str, *, permanent: bool) -> ConfigError:
+    """Return the error of a service that gives no answer."""
     got, hint = f"no answer from {code.address}: {reason}", "then run the same command again"
-    return TemporaryError(Fault("code", "the coordinator's enrolment service", got, hint))
+    kind = ConfigError if permanent else TemporaryError
+    return kind(Fault("code", "the coordinator's enrolment service", got, hint))
 
 
 def install(code: Code, folder: Path, bundle: bytes, *, now: int) -> Identity:

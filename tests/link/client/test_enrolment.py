@@ -13,6 +13,7 @@ from fedtune.link.pki import authority, enrollment
 from fedtune.link.pki.identity import Identity
 from fedtune.link.pki.invitations import Code
 from tests.link.enrolment_office import Office, enrolment_office
+from tests.link.middlebox import listening, proxying
 
 
 @pytest.fixture
@@ -54,6 +55,24 @@ def test_a_site_that_gave_up_comes_back_with_the_same_fingerprint(office: Office
     office.sign()
     assert ask(code, tmp_path / "a") is not None
     assert own_request(tmp_path / "a", name="anna", org="a") == first
+
+
+def test_a_site_enrols_through_a_proxy_and_tries_a_wrong_password_once(office: Office, tmp_path: Path) -> None:
+    code = office.invite()
+    with listening(proxying("anna:right")) as box:
+        with pytest.raises(ConfigError, match="rejects the password of 'anna'") as caught:
+            enrol(
+                code,
+                tmp_path / "a",
+                proxy=f"http://anna:geheim@127.0.0.1:{box.port}",
+                wait=lambda seconds: False,
+                now=time.time,
+            )
+        assert len(box.heads) == 1
+        assert "geheim" not in str(caught.value)
+        right = f"http://anna:right@127.0.0.1:{box.port}"
+        assert enrol(code, tmp_path / "a", proxy=right, wait=lambda seconds: False, now=time.time) is None
+    assert office.kinds() == ["enrolment", "queued"]
 
 
 @pytest.mark.guarantee("G6")
