@@ -61,7 +61,7 @@ def invite(
         code = enrolment.invite(place, name=name, org=org, hours=hours, address=address or "", server=server or "")
         until = format_time(int(time.time()) + hours * 3600)
         typer.echo(f"a code for {name}, client of {org}: for one use, until {until}")
-        typer.echo(f"it dials {code.address}, served by fedtune enroll serve, or by fedtune serve with [enrolment]")
+        typer.echo(f"it dials {code.address}: run fedtune enroll serve, or fedtune serve with [enrolment]")
         typer.echo("send this line to the site, and there: fedtune enroll --code CODE")
         typer.echo(invitations.encode(code))
 

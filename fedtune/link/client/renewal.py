@@ -80,8 +80,12 @@ class Renewal:
             return DAY_S if error.code() is grpc.StatusCode.UNIMPLEMENTED else RETRY_S
         match reply.WhichOneof("what"):
             case "bundle":
-                if validity(enrollment.unpack_bundle(reply.bundle)[0])[1] <= end:
+                begins, ends = validity(enrollment.unpack_bundle(reply.bundle)[0])
+                if ends <= end:
                     raise WireError("expected a certificate that lasts longer; got one that does not")
+                # The CA's clock is ahead of this one: until then the old certificate is the one that opens connections.
+                if begins > self._now():
+                    return min(LATER_S, begins - self._now() + RETRY_S)
                 accepted = enrollment.accept_bundle(self._identity.folder, reply.bundle, now=int(self._now()))
                 remove(self._identity.folder / REQUEST)
                 self._record("renewed", client=accepted.name, until=accepted.not_after)

@@ -203,7 +203,9 @@ class Desk:
             return  # it lies in the queue
         if answer is not None and answer.bundle:
             renewed = enrollment.unpack_bundle(answer.bundle)[0]
-            if renewed != pem and certificates.validity(renewed)[1] > certificates.validity(pem)[1]:
+            begins, ends = certificates.validity(renewed)
+            # Not before it begins: the clock of the CA may be ahead of this one.
+            if renewed != pem and ends > certificates.validity(pem)[1] and begins <= self._now():
                 until = enrollment.accept_bundle(folder, answer.bundle, now=int(self._now())).not_after
                 self._roster.refresh()
                 self._record("renewed", client=name, until=until)

@@ -118,6 +118,19 @@ def test_what_goes_wrong_ends_no_client_and_changes_no_file(site: Site, kind: st
     assert current_dates(load_identity(site.folder, role="client", now=int(site.time.now)))[1] > NOW + 150 * DAY_S
 
 
+def test_a_certificate_that_begins_later_is_installed_when_it_does(site: Site) -> None:
+    site.pass_days(61)
+    bundle = authority.sign_request(site.ca, site.renewal._request(), now=int(site.time.now) + 7200)
+    site.answer = lambda data: pb.EnrolReply(bundle=bundle)
+    files = {path.name: path.read_bytes() for path in site.folder.iterdir()}
+    site.renewal.look()
+    assert {path.name: path.read_bytes() for path in site.folder.iterdir()} == files
+    assert not site.events
+    site.pass_days(1 / 12)
+    site.renewal.look()
+    assert [kind for kind, _ in site.events] == ["renewed"]
+
+
 def test_a_request_of_other_keys_is_not_sent_again(site: Site, tmp_path: Path) -> None:
     other = enrollment.make_request(tmp_path / "other", name="site-a", org="x", role="client")
     (site.folder / REQUEST).write_bytes(other)

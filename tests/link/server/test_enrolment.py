@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.errors import TemporaryError
 from fedtune.link.pki import authority, certificates, enrollment, invitations, queue_files
 from fedtune.link.pki.identity import load_identity
 from fedtune.link.pki.queue_signing import Verdict, sign_queue
@@ -128,6 +129,23 @@ def test_a_code_that_is_used_twice_late_or_for_somebody_else_is_refused(counter:
     assert counter.enrol(code, first).WhichOneof("what") == "pending"
     counter.time.now += 31 * DAY_S
     assert reason(counter.enrol(code, first)) == "INVITATION_ENDED"
+
+
+@pytest.mark.guarantee("G16")
+def test_an_hour_of_clock_skew_between_the_parties_changes_nothing(counter: Counter) -> None:
+    code, data = counter.invite(), counter.request("one")
+    counter.time.now -= 3600  # the coordinator's clock is set back after the code was made
+    assert counter.enrol(code, data).WhichOneof("what") == "pending"
+    results = sign_queue(
+        counter.places["ca"], counter.desk.queue, lambda one: "sign", days=90, now=int(counter.time.now) + 3600
+    )
+    assert [one.outcome for one in results] == ["enrolled"]
+    counter.desk.look()
+    bundle = counter.enrol(code, data).bundle
+    # The CA's clock is an hour ahead of the site's: its certificate begins later, and a site waits for that by itself.
+    with pytest.raises(TemporaryError, match="check this clock"):
+        enrollment.accept_bundle(counter.folder / "sites" / "one", bundle, now=int(counter.time.now) - 3600)
+    assert enrollment.accept_bundle(counter.folder / "sites" / "one", bundle, now=int(counter.time.now)).name == "anna"
 
 
 def test_the_holder_of_a_code_may_ask_anew_with_the_same_keys(counter: Counter) -> None:
