@@ -121,7 +121,7 @@ def report_page(run: Run, figures: Mapping[str, Figure]) -> str:
         run=run,
         last=run.rounds[-1].round,
         headline=headline(run),
-        loads=adapter_rank(run) > 0,
+        loads=adapter_rank(run) > 0 and (run.path / "adapter").is_dir(),
         # Absolute paths are of this machine alone, and say how its folders are named.
         place=run.path.name if run.path.is_absolute() else run.path,
         facts=facts(run),

@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedtune.api import report
+from fedtune.errors import StoreError
 from fedtune.report.headline import headline
 from fedtune.report.page import loss_tiles, report_page, write_report
 from fedtune.report.plots import PLOTS
 from fedtune.report.reader import read_run
+from tests.golden.archives import unpack
 from tests.report.conftest import WriteRun, write_directory
 
 HOSTILE = '<script>alert("x")</script>&\'--><img src=http://evil.example/x>$y^2$病'
@@ -60,7 +64,9 @@ def read(path: Path) -> Reader:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of the plain run; drawing it takes a second or two."""
-    return write_report(write_directory(tmp_path_factory.mktemp("plain") / "run", clients=4, rounds=3, seed=0))
+    run = write_directory(tmp_path_factory.mktemp("plain") / "run", clients=4, rounds=3, seed=0)
+    (run / "adapter").mkdir()
+    return write_report(run)
 
 
 def test_the_page_needs_nothing_else(page: Path) -> None:
@@ -131,7 +137,9 @@ def test_every_figure_stands_beside_the_page_as_png(page: Path) -> None:
 
 
 def test_the_same_run_gives_the_same_page(page: Path, write_run: WriteRun) -> None:
-    second = write_report(write_run(clients=4, rounds=3, seed=0))
+    run = write_run(clients=4, rounds=3, seed=0)
+    (run / "adapter").mkdir()
+    second = write_report(run)
     assert second.read_bytes() == page.read_bytes()
     for name in PLOTS:
         assert (second.parent / f"plots/{name}.png").read_bytes() == (page.parent / f"plots/{name}.png").read_bytes()
@@ -239,3 +247,35 @@ def test_the_worst_tenth_has_a_tile_and_rows_of_its_own(write_run: WriteRun) -> 
     [tile] = [tile for tile in loss_tiles(run) if tile.title == "worst tenth"]
     assert (tile.value, tile.note) == ("5.000 → 3.000", "2 clients")
     assert "worst tenth of clients (2)" in report_page(run, {})
+
+
+@pytest.mark.usefixtures("unrendered")
+@pytest.mark.parametrize("files", [(), ("recipe.toml",), ("summary.json",), ("recipe.toml", "summary.json")])
+@pytest.mark.parametrize("name", ["flora", "fedkseed"])
+def test_a_copy_of_a_run_of_0_2_0_is_drawn_from_what_is_there(
+    tmp_path: Path, name: str, files: tuple[str, ...]
+) -> None:
+    run, copy = unpack(name, tmp_path), tmp_path / "a copy, elsewhere"
+    copy.mkdir()
+    for file in ("rounds.jsonl", *files):
+        if (run / file).exists():
+            shutil.copy(run / file, copy / file)
+    page = report(copy, pictures=False).read_text(encoding="utf-8")
+    assert ("recipe.toml is not in the folder" in page) == ("recipe.toml" not in files)
+    assert "Loss by round" in page
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_a_copy_without_its_adapter_does_not_say_how_to_load_it(write_run: WriteRun) -> None:
+    run = write_run()
+    assert "PeftModel.from_pretrained" not in write_report(run, pictures=False).read_text(encoding="utf-8")
+    (run / "adapter").mkdir()
+    assert "PeftModel.from_pretrained" in write_report(run, pictures=False).read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_a_folder_that_cannot_be_written_is_named(write_run: WriteRun) -> None:
+    run = write_run(rounds=1)
+    (run / "report.html.part").mkdir()  # as a read-only folder, which an administrator could write all the same
+    with pytest.raises(StoreError, match="run: expected to read or write it; Is a directory"):
+        report(run, pictures=False)
