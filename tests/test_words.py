@@ -20,10 +20,11 @@ PARTICIPLE = re.compile(rf"_*({IRREGULAR}|(?!seed|speed|embed|need|feed|exceed|p
 
 def faults(path: Path) -> Iterator[str]:
     """Yield every name and text of a module that breaks a rule, with its line."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    loops = [n for n in ast.walk(tree) if isinstance(n, ast.comprehension)]
+    source = path.read_text(encoding="utf-8")
+    nodes = list(ast.walk(ast.parse(source)))
+    loops = [node for node in nodes if isinstance(node, ast.comprehension)]
     inside = {id(name) for loop in loops for name in ast.walk(loop.target)}
-    for node in ast.walk(tree):
+    for node in nodes:
         match node:
             case ast.FunctionDef(name=name, decorator_list=marks) if PARTICIPLE.fullmatch(name):
                 if not any("property" in ast.dump(mark) for mark in marks):
@@ -32,7 +33,7 @@ def faults(path: Path) -> Iterator[str]:
                 yield f"{path}:{node.lineno}: variable {name!r}: expected a name that says what it is"
             case ast.Constant(value=str(text)) if word := BANNED.search(text):
                 yield f"{path}:{node.lineno}: {word[0]!r}: expected plain present-day English"
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(source.splitlines(), 1):
         if word := BANNED.search(line.partition("#")[2]):
             yield f"{path}:{number}: {word[0]!r} in a comment"
 
