@@ -114,7 +114,7 @@ def main() -> None:
     args = parser.parse_args()
     row("files to write", {name: str(len(files)) for name, files in FILES.items()}, "benchmarks/frameworks/")
     row("lines in them", {name: str(sum(map(lines, files))) for name, files in FILES.items()}, "benchmarks/frameworks/")
-    scripts = {name: changed("trl/train.py", f"{name.lower()}/train.py") for name in ("NVFlare",)}
+    scripts = {name: changed("trl/train.py", f"{name.lower()}/train.py") for name in ("fedtune", "NVFlare")}
     row("a trl script changes by", scripts, "a diff to benchmarks/frameworks/trl/")
     app = changed("flower/app/server_app.py", "fedtune/server_app.py")
     row("a Flower app changes by, for ranks that differ", {"fedtune": app}, "a diff to benchmarks/frameworks/flower/")
