@@ -61,6 +61,8 @@ def given_rows(data: Any) -> Given:
         return _of_parts(_training_partitioner(data))
     if isinstance(data, Sequence) and data and all(isinstance(row, Mapping) for row in data):
         return Given(whole=data)
+    if type(data).__name__ == "DataFrame":
+        raise ConfigError(Fault("data", FORMS, "a DataFrame", "give datasets.Dataset.from_pandas(it)"))
     raise ConfigError(Fault("data", FORMS, "no row" if data == [] else type_of(data)))
 
 

@@ -103,6 +103,7 @@ class Broken(Parts):
         ([], "got no row"),
         ({}, "of one client at least; got none"),
         ([1, 2], "got a list"),
+        (Dataset.from_list(ROWS).to_pandas(), r"got a DataFrame; give datasets\.Dataset\.from_pandas"),
         (iter(ROWS), "got a list_iterator"),
         (DatasetDict(a=Dataset.from_list(ROWS)), "a DatasetDict with a split 'train'; got a; .*dict"),
         (Parts([0]), "a partitioner whose data set is set; got Parts without one; set partitioner.dataset"),
