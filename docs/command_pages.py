@@ -21,6 +21,9 @@ def commands(group: click.Group | None = None, path: str = "fedtune") -> Iterato
     root: Any = group or typer.main.get_command(app)
     for name, command in root.commands.items():
         if hasattr(command, "commands"):
+            # A group with options of its own does something by itself: fedtune enroll --code CODE.
+            if command.params:
+                yield f"{path} {name}", command
             yield from commands(command, f"{path} {name}")
         else:
             yield f"{path} {name}", command

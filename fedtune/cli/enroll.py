@@ -32,7 +32,7 @@ def by_code(
     ] = None,
     identity: IdentityOption = Path("identity"),
     proxy: Annotated[str, typer.Option(metavar="URL", help="HTTP proxy to dial through, or environment.")] = "",
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Whether to wait until it is signed.")] = True,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Ask once, and do not wait until it is signed.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Enrol with a code, or give one of the commands below."""
@@ -42,7 +42,7 @@ def by_code(
         typer.echo(context.get_help())
         raise typer.Exit(2)
     with report_errors(debug):
-        enroll_online.enrol_by_code(code, identity, proxy=proxy, wait=wait)
+        enroll_online.enrol_by_code(code, identity, proxy=proxy, wait=not no_wait)
 
 
 @app.command(

@@ -89,6 +89,9 @@ def walk(group: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield every command below a group by its full name."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
+            # A group with options of its own does something by itself: fedtune enroll --code CODE.
+            if command.params:
+                yield f"{path} {name}", command
             yield from walk(command, f"{path} {name}")
         else:
             yield f"{path} {name}", command
