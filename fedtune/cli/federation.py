@@ -86,7 +86,7 @@ def serve(
         run = resume if resume is not None else out or Path("runs") / bound.name
         page = live_options(live, live_port, live_address)
         options += page.words if page else []
-        feed = live_feed(bound.name, bound.rounds.count, resume)
+        feed = live_feed(bound.name, bound.rounds.count, resume if page else None)
         record = event_writer(check_log_format(log))
         try:
             with live_server(page, feed, lambda text: record("note", text=text)):

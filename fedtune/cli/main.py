@@ -162,7 +162,8 @@ def simulate(
             from fedtune.runs.tracked import with_trackers
 
             bound = with_trackers(bound, track)
-        feed, options = live_feed(bound.name, bound.rounds.count, resume), live_options(live, live_port, live_address)
+        options = live_options(live, live_port, live_address)
+        feed = live_feed(bound.name, bound.rounds.count, resume if options else None)
 
         def work(watch: Watch) -> Run:
             with live_page(options, feed, watch) as observe:
