@@ -262,7 +262,14 @@ def test_export_hands_its_options_on_and_prints_the_folder(script: Any) -> None:
     ended = fedtune("export", "runs/x", "--form", "uniform", "--out", "out", "--max-rank", "4", "--dtype", "float16")
     assert ended.stdout == "out\n"
     assert "cut to rank 4" in ended.stderr
-    assert export.named == {"form": "uniform", "out": Path("out"), "max_rank": 4, "dtype": "float16", "round": None}
+    assert export.named == {
+        "form": "uniform",
+        "out": Path("out"),
+        "max_rank": 4,
+        "dtype": "float16",
+        "round": None,
+        "client": None,
+    }
 
 
 def test_report_prints_the_page(script: Any) -> None:
