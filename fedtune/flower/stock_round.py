@@ -163,7 +163,7 @@ def read_reply(
         num_examples = examples_of(metrics, examples_key)
         check_frozen(order, metrics)
         reply = from_record(only_array_record(content, arrays_key))
-        check_rank(order, reply)
+        check_rank(federation, order, reply)
         tensors = as_update(federation, order, reply)
     except WireError as error:
         return Failure.from_text(order.client, str(error), kind="refused", code="MALFORMED")
@@ -192,12 +192,17 @@ def check_frozen(order: Order, metrics: Mapping[str, float]) -> None:
         raise WireError(f"expected {DIGEST!r} = {order.frozen_digest} in its metrics; got {stated}; {hint}")
 
 
-def check_rank(order: Order, reply: PeftState) -> None:
+def check_rank(federation: Federation, order: Order, reply: PeftState) -> None:
     """Refuse a reply of another rank than was sent, in words that say where ranks are set.
 
     Raises:
-        WireError: if all its modules have one other rank; what else does not fit is left to admission.
+        WireError: if all its modules have one other rank, or one of the client's own that no layer has room for; what
+            else does not fit is left to admission.
     """
+    most = max(min(shape) for shape in federation.blueprint.modules.values())
+    # Else a client that chooses its rank would say how much the server sends and keeps.
+    if not order.start and order.rank > most:
+        raise WireError(f"expected a rank of at most {most}, the smaller side of the widest layer; got {order.rank}")
     ranks = set(reply.ranks.values())
     if len(ranks) == 1 and ranks != {order.rank}:
         hint = "name its rank in ranks, or let the client read config['lora-rank']"

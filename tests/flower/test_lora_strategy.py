@@ -332,6 +332,13 @@ def test_a_client_whose_own_rank_differs_from_layer_to_layer_is_left_out(caplog:
     assert "node-1 is left out: m.v.b: expected shape (9, 3); got (9, 2)" in line
 
 
+def test_a_client_cannot_choose_a_rank_that_no_layer_has_room_for(caplog: pytest.LogCaptureFixture) -> None:
+    strategy = FLoRA(alpha=16, ranks="own", fraction_evaluate=0.0)
+    start(strategy, NumpyClient(0, rank=10), NumpyClient(1, rank=11), rounds=2)
+    reason = "expected a rank of at most 10, the smaller side of the widest layer; got 11"
+    assert left_out(caplog) == [f"fedtune: round {number}: node-1 is left out: {reason}" for number in (1, 2)]
+
+
 def test_evaluation_asks_for_what_the_next_training_starts_from() -> None:
     seen = dict[str, Any]()
 
