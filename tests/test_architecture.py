@@ -95,6 +95,12 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """Return every node of a module, found once for all tests."""
+    return list(ast.walk(tree(path)))
+
+
 def where(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -111,7 +117,7 @@ def unit(name: str) -> str:
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """Yield line and full dotted name of everything that a module imports, wherever in it."""
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -244,7 +250,7 @@ def test_nothing_is_unpickled_and_no_global_generator_is_used() -> None:
         for line, name in imports(path):
             if name.split(".")[0] in {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "random"}:
                 faults.append(f"{where(path)}:{line}: import of {name}")
-        for node in ast.walk(tree(path)):
+        for node in nodes(path):
             if not isinstance(node, ast.Attribute):
                 continue
             name = dotted(node)
@@ -257,7 +263,7 @@ def test_nothing_is_unpickled_and_no_global_generator_is_used() -> None:
 
 def test_a_module_that_seeds_torch_gives_its_generators_back() -> None:
     for place in SEEDS_TORCH:
-        names = {dotted(node) for node in ast.walk(tree(ROOT / place)) if isinstance(node, ast.Attribute)}
+        names = {dotted(node) for node in nodes(ROOT / place) if isinstance(node, ast.Attribute)}
         if any(re.fullmatch(r"torch(\.\w+)*\.manual_seed", name) for name in names):
             assert "torch.random.fork_rng" in names, place
 
@@ -284,7 +290,7 @@ another package and a network, and must not end the run that it follows."""
 def test_no_error_is_caught_wholesale() -> None:
     faults = []
     for path in [path for path in HAND_WRITTEN if where(path) not in WHOLESALE]:
-        for node in ast.walk(tree(path)):
+        for node in nodes(path):
             if not isinstance(node, ast.ExceptHandler):
                 continue
             caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
@@ -300,7 +306,7 @@ def test_no_assertion_is_a_tuple_that_always_holds() -> None:
     faults = [
         f"{where(path)}:{node.lineno}"
         for path in [*HAND_WRITTEN, *tests]
-        for node in ast.walk(tree(path))
+        for node in nodes(path)
         if isinstance(node, ast.Assert) and isinstance(node.test, ast.Tuple)
     ]
     assert not faults, "\n".join(faults)
@@ -314,7 +320,7 @@ def test_no_module_is_an_attic() -> None:
 def test_a_door_is_short_and_defines_no_class(door: str) -> None:
     for path in (ROOT / door).rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 120, where(path)
-        assert not [node for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef)], where(path)
+        assert not [node for node in nodes(path) if isinstance(node, ast.ClassDef)], where(path)
 
 
 def test_the_package_does_not_import_its_doors() -> None:
