@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from types import FrameType
 from typing import Any
 
@@ -128,9 +129,8 @@ def test_commands_over_a_network_end_with_status_0(
 
     if target != "fedtune.config.link.bind_server":
         monkeypatch.setattr("fedtune.config.link.bind_server", lambda *args: (None, None, tmp_path))
-    monkeypatch.setattr(
-        "fedtune.deployment.server_setup.data_at_sites", lambda *args, **options: type("R", (), {"name": "x"})
-    )
+    recipe = SimpleNamespace(name="x", rounds=SimpleNamespace(count=1))
+    monkeypatch.setattr("fedtune.deployment.server_setup.data_at_sites", lambda *args, **options: recipe)
     monkeypatch.setattr(target, stopped)
     result = CliRunner().invoke(app, words)
     assert (result.exit_code, result.output) == (0, "")
