@@ -15,7 +15,7 @@ from fedtune.errors import ConfigError, ExtraError
 from fedtune.flower import ENVIRONMENT, shim
 
 ROOT = Path(__file__).parents[2]
-PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp"}
+PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"}
 MODULES = sorted(path.stem for path in (ROOT / "fedtune" / "flower").glob("*.py") if path.stem != "__init__")
 
 
