@@ -288,17 +288,17 @@ def report(
     with report_errors(debug):
         from fedtune import api
 
-        if options := live_options(live, live_port, live_address):
-            show_directory(run, options, typer.echo)
-            return
+        options = live_options(live, live_port, live_address)
         if track:
             from fedtune.runs.tracked import send_run, tracker_names
 
             for name in tracker_names(track):
                 typer.echo(print_line(send_run(run, name)))
-            return
-        typer.echo(api.report(run, tensorboard=tensorboard))
-        say_if_no_pictures()
+        if tensorboard or not (track or options):
+            typer.echo(api.report(run, tensorboard=tensorboard))
+            say_if_no_pictures()
+        if options:
+            show_directory(run, options, typer.echo)
 
 
 @app.command(

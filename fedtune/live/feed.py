@@ -186,7 +186,7 @@ class Feed:
         self._rounds.append({**round_row(record), "at": self._milliseconds()})
         self._round_versions.append(self._version)
         for name, client in record.clients.items():
-            earlier = self._clients.get(name, Client()).row
+            earlier = self._clients.get(visible(name), Client()).row
             self._set_client(name, **client_after(earlier, record.round, client))
             if client.status != "ok":
                 self._add_problem(record.round, name, client.status, client.reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hmac
 import ipaddress
 import json
@@ -13,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
-from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any
@@ -141,11 +141,9 @@ class Answer(BaseHTTPRequestHandler):
     def has_token(self) -> bool:
         if not self.server.token:
             return True
-        try:
-            cookies = SimpleCookie(self.headers.get("Cookie", ""))
-        except CookieError:
-            return False
-        return self.cookie in cookies and self.is_token(cookies[self.cookie].value)
+        # Not http.cookies, which drops all for one that it cannot read: a browser also sends those of other ports.
+        cookies = (part.strip().partition("=") for part in self.headers.get("Cookie", "").split(";"))
+        return any(name == self.cookie and self.is_token(value) for name, _, value in cookies)
 
     def is_token(self, text: str) -> bool:
         return hmac.compare_digest(text.encode(), self.server.token.encode())
@@ -272,6 +270,10 @@ def listen(feed: Feed, host: str, port: int | None) -> LiveServer:
             return LiveServer((host, candidate), feed, token)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
+            if isinstance(error, socket.gaierror) or getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
+                hint = "choose one of its own, or 0.0.0.0 for all of them"
+                expected, got = "an address of this machine, without a port", f"{host!r} ({reason})"
+                raise ConfigError(Fault("--live-address", expected, got, hint)) from None
     got = f"{host}:{ports[0]}{f' to {ports[-1]}' if len(ports) > 1 else ''} ({reason})"
     raise ConfigError(Fault("--live", "an address that is free", got, "choose another with --live-port"))
 

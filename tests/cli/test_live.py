@@ -106,6 +106,18 @@ def test_report_shows_a_directory_until_ctrl_c(tmp_path: Path, monkeypatch: pyte
     assert said[1] == "Ctrl-C ends it"
 
 
+def test_report_sends_a_run_to_a_tracker_before_it_shows_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "wait_for_ctrl_c", lambda: None)
+    monkeypatch.setattr("fedtune.runs.tracked.check_packages", lambda names: None)
+    monkeypatch.setattr("fedtune.runs.tracked.send_run", lambda run, name: f"{name}: 3 rounds sent")
+    run = write_directory(tmp_path / "run")
+    done = CliRunner().invoke(app, ["report", str(run), "--track", "mlflow", "--live-port", "0"])
+    assert done.exit_code == 0, done.output
+    assert [line.partition(":")[0] for line in done.output.splitlines()] == ["mlflow", "live page", "Ctrl-C ends it"]
+
+
 @pytest.mark.slow
 def test_serve_shows_its_run_with_the_clients_that_are_connected(tmp_path: Path) -> None:
     with federation(tmp_path, FLORA, SITES, site=dict.fromkeys(SITES, SITE)) as running:

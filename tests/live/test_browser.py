@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,17 @@ def test_a_token_is_taken_out_of_the_address(browser: Browser, records: list[Rou
         browser.until(f"{ROWS} === 7")
         assert browser.run("location.href") == f"http://127.0.0.1:{address.port}/"
         assert not browser.run("document.cookie")  # which scripts cannot read
+
+
+def test_losses_that_differ_by_their_last_bit_are_drawn(browser: Browser, records: list[RoundRecord]) -> None:
+    feed, loss = Feed("ward", rounds=6), 2.7880001
+    for record, last in zip(records, (loss, loss, loss, math.nextafter(loss, 3.0)), strict=False):
+        feed(RoundFinished(replace(record, test=None, loss_before=loss, loss_after=last)))
+    with served(browser, feed) as address:
+        browser.open(address.url)
+        browser.until("document.querySelectorAll('#chart .line.local').length === 1")
+        labels = "[...document.querySelectorAll('#chart text[text-anchor=\"end\"]')].map(text => text.textContent)"
+        assert len(set(browser.run(labels))) >= 3
 
 
 def test_200_rounds_of_100_clients_stay_small(browser: Browser, tmp_path: Path) -> None:

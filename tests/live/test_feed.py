@@ -91,3 +91,10 @@ def test_errors_are_bounded_however_many_there_are() -> None:
     content = feed.since(0)[1]
     assert len(content["problems"]) == MOST_PROBLEMS
     assert len(json.dumps(content)) < 50_000
+
+
+def test_a_name_that_is_shown_escaped_keeps_its_sums() -> None:
+    feed, name = Feed("ward"), "a\u202eb"
+    for round in (1, 2):
+        feed(RoundFinished(record(round, **{name: ClientRecord("ok", bytes_up=10)})))
+    assert feed.since(0)[1]["clients"]["a\\u202eb"]["up"] == 20

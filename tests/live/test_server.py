@@ -123,6 +123,8 @@ def test_other_machines_need_the_token_which_goes_into_a_cookie(feed: Feed) -> N
         assert ask(address, Host="fl.example.org", Cookie=pair).status == 200
         assert ask(address, Cookie=pair.replace(token, "wrong")).status == 403
         assert ask(address, Cookie='"; ;=\x01').status == 403
+        # Those of programs on other ports, which http.cookies cannot read.
+        assert ask(address, Cookie=f'theme; a[1]={{"x": 1}}; {pair}').status == 200
         with events(address, Cookie=pair) as stream:
             assert next(stream)["reset"]
 
@@ -133,8 +135,12 @@ def test_two_runs_are_shown_at_once_and_a_port_that_is_taken_is_an_error(feed: F
         expected = rf"--live: expected an address that is free; got .*:{first.port} \(.*--live-port"
         with pytest.raises(ConfigError, match=expected), serve_live(feed, port=first.port):
             pass
-    expected = "--live: expected an address that is free"
-    with pytest.raises(ConfigError, match=expected), serve_live(feed, host="no.such.host.invalid"):
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1", "127.0.0.1:9001"])
+def test_an_address_of_another_machine_is_named_as_what_is_wrong(feed: Feed, host: str) -> None:
+    expected = f"--live-address: expected an address of this machine, without a port; got '{host}'"
+    with pytest.raises(ConfigError, match=expected), serve_live(feed, host=host):
         pass
 
 

@@ -166,8 +166,10 @@ function svg(tag, attributes, text) {
 function ticks(low, high, most) {
   const raw = (high - low) / most, power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map(part => part * power).find(part => part >= raw);
+  const first = Math.ceil(low / step), last = Math.floor((high + step / 1e6) / step);
   const values = [];
-  for (let value = Math.ceil(low / step) * step; value <= high + step / 1e6; value += step) values.push(Number(value.toPrecision(12)));
+  // Counted: of numbers that are nearly equal a sum of steps would never reach the last one.
+  for (let count = first; count <= last && values.length <= most; count++) values.push(Number((count * step).toPrecision(12)));
   return values;
 }
 function draw(tested, local) {
@@ -186,7 +188,9 @@ function draw(tested, local) {
     const left = 46, right = width - 12, top = 10, bottom = height - 26;
     const last = Math.max(1, head.rounds > 1 && head.rounds < 4 * Math.max(...points.map(p => p[0])) ? head.rounds : Math.max(...points.map(p => p[0])));
     let low = Math.min(...points.map(p => p[1])), high = Math.max(...points.map(p => p[1]));
-    const margin = (high - low || Math.abs(high) || 1) * 0.06;
+    // Losses that differ by their last digits alone are drawn as a flat line.
+    const flat = high - low <= 1e-6 * Math.max(Math.abs(low), Math.abs(high));
+    const margin = (flat ? Math.abs(high) || 1 : high - low) * 0.06;
     low -= margin; high += margin;
     const x = n => left + (right - left) * n / last, y = v => bottom - (bottom - top) * (v - low) / (high - low);
     for (const value of ticks(low, high, 4)) {
