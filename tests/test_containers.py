@@ -82,7 +82,7 @@ def test_every_stage_starts_from_a_version_or_from_another_stage(path: Path) -> 
 
 
 @pytest.mark.parametrize("path", RUN_HERE, ids=where)
-def test_an_image_runs_as_a_number_that_is_not_root_and_holds_no_installer(path: Path) -> None:
+def test_an_image_runs_as_a_number_that_is_not_root_and_its_environment_holds_no_installer(path: Path) -> None:
     words = [word for word, _ in instructions(path)]
     last = len(words) - 1 - words[::-1].index("USER")
     assert instructions(path)[last][1] == "10001"  # Kubernetes cannot hold a name against runAsNonRoot
@@ -153,6 +153,15 @@ def test_the_coordinators_container_publishes_the_port_that_it_listens_on() -> N
     assert all(any(word.startswith(place) for place in mounted) for word in json.loads(command)[1:])
 
 
+def test_a_coordinator_can_write_where_a_renewed_certificate_goes() -> None:
+    (service,) = yaml.safe_load((LINK / "compose.yaml").read_text())["services"].values()
+    assert "./identity:/etc/fedtune/identity" in service["volumes"]  # not :ro
+    (line,) = re.findall(r"^ReadWritePaths=(.*)$", (LINK / "serve.service").read_text(), re.M)
+    server = tomllib.loads((LINK / "server.toml").read_text())
+    folders = [server["link"]["identity"], server["enrolment"]["folder"]]
+    assert line.split() == [f"-/etc/fedtune/{folder}" for folder in folders]
+
+
 def test_the_chart_is_of_this_version_and_runs_the_same_container() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     values = yaml.safe_load((CHART / "values.yaml").read_text())
@@ -178,6 +187,12 @@ def test_helm_renders_a_coordinator_that_is_closed(tmp_path: Path) -> None:
     assert rendered["StatefulSet"]["spec"]["replicas"] == 1
     assert pod["securityContext"]["runAsUser"] == 10001
     assert not pod["automountServiceAccountToken"]
+    mounts = {place["mountPath"]: place.get("readOnly", False) for place in pod["containers"][0]["volumeMounts"]}
+    assert [path for path, is_closed in mounts.items() if not is_closed] == [
+        "/var/lib/fedtune",
+        "/etc/fedtune/identity",
+        "/tmp",
+    ]
     for container in [*pod["initContainers"], *pod["containers"]]:
         assert container["securityContext"]["readOnlyRootFilesystem"]
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
