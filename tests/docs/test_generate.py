@@ -142,6 +142,12 @@ def test_every_command_has_a_page_with_all_its_options() -> None:
             assert all(option in page for option in param.opts if option.startswith("-"))
 
 
+def test_the_first_page_of_commands_lists_every_one() -> None:
+    index = (ROOT / "docs" / "reference" / "commands" / "index.md").read_text()
+    listed = set(re.findall(r"\]\(([\w-]+\.md)\)", index))
+    assert listed == {generate.command_file(name) for name in dict(command_pages.commands())}
+
+
 def test_every_command_of_a_device_is_on_its_page_with_all_its_options() -> None:
     page = edge_pages.edge_page()
     for name, own in edge_pages.subparsers().items():
