@@ -86,7 +86,8 @@ def test_an_adapter_takes_no_dtype(ran: api.Run) -> None:
 
 
 def test_an_unknown_form_is_refused(ran: api.Run) -> None:
-    with pytest.raises(ConfigError, match="form: expected one of peft, uniform, merged, ledger, flowertune; got 'gguf'"):
+    forms = "peft, uniform, merged, ledger, flowertune"
+    with pytest.raises(ConfigError, match=f"form: expected one of {forms}; got 'gguf'"):
         fedtune.export(ran.path, form="gguf")
 
 
