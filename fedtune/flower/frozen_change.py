@@ -18,6 +18,8 @@ FROZEN = "frozen"
 """Name of its ArrayRecord in a message."""
 DIGEST = "frozen-digest"
 """Metric by which a client says which frozen change it has added."""
+ADDED = "fedtune_frozen_change"
+"""Attribute of a layer that a change was added to: the handle that takes it away."""
 
 
 def digest(record: ArrayRecord) -> int:
@@ -32,8 +34,8 @@ def add_frozen(model: Any, content: RecordDict) -> dict[str, int]:
     """Add a message's frozen change to a PEFT model, and return what the reply's metrics must say of it.
 
     The output of each adapted layer becomes base(x) + b (a x) + what the adapter adds. The base itself is not touched,
-    so it may be quantised; the change is computed in the format of the layer's input. Call it once on a freshly loaded
-    model, before training or evaluation; a message without such a change leaves the model as it is.
+    so it may be quantised; the change is computed in the format of the layer's input. Call it before training or
+    evaluation; a model that lives on takes the change of each message in place of the one before.
 
     Args:
         model: of `get_peft_model`.
@@ -43,14 +45,18 @@ def add_frozen(model: Any, content: RecordDict) -> dict[str, int]:
         ClientError: if a layer of the change is not in the model.
     """
     record = content.array_records.get(FROZEN)
+    layers = dict(model.named_modules()) if hasattr(model, "named_modules") else {}
+    # Two changes would add up, and the digest would not show it.
+    for layer in layers.values():
+        if handle := layer.__dict__.pop(ADDED, None):
+            handle.remove()
     if not record:
         return {}
-    layers = dict(model.named_modules())
     for name, factors in by_layer(record.to_torch_state_dict()).items():
         base = getattr(layers.get(name), "base_layer", None)
         if base is None:
             raise ClientError(f"expected an adapted layer {name!r}, which a frozen change came for; the model has none")
-        base.register_forward_hook(adding(factors))
+        base.__dict__[ADDED] = base.register_forward_hook(adding(factors))
     return {DIGEST: digest(record)}
 
 

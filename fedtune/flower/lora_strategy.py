@@ -6,7 +6,6 @@ Flower's six functions around them. No torch is loaded.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,13 +33,13 @@ from fedtune.flower.stock_round import (
     read_reply,
     shown_rank,
 )
+from fedtune.flower.strategy_arguments import Alpha, Ranks, alpha_at, alpha_faults, bound_faults, rank_faults
 from fedtune.lora.adapter import Adapter, unpack
 from fedtune.lora.dense import Summed
 from fedtune.messages import Blueprint, ClientUpdate, Failure
 from fedtune.methods import METHODS, with_settings
 from fedtune.store import peft
 
-Ranks: TypeAlias = int | Mapping[str, int] | Literal["own"] | None
 MeanOf: TypeAlias = Callable[[list[RecordDict], str], MetricRecord]
 
 
@@ -52,7 +51,7 @@ class LoraStrategy(Strategy):
     returns holds it in the rank of `initial_arrays`, which the model that made these can load.
     """
 
-    alpha: float | Callable[[int], float]
+    alpha: Alpha
     """lora_alpha of the clients' LoraConfig, or a function of a client's rank that gives it."""
     ranks: Ranks = None
     """Ranks of the clients: one number; numbers by node name (a SuperNode's registered name, in a simulation `node-0`,
@@ -174,11 +173,11 @@ class LoraStrategy(Strategy):
         answers, silent = read_answers(self._asked, replies)
         updates, orders, failures = dict[str, ClientUpdate](), dict[str, Order](), list(silent)
         for name, content in answers.items():
-            outcome, orders[name] = self._update(name, content)
+            outcome = self._update(name, content)
             if isinstance(outcome, Failure):
                 failures.append(outcome)
             else:
-                updates[name] = outcome
+                updates[name], orders[name] = outcome
         try:
             combined = combine(federation, self._state, orders, list(updates.values()))
             failures += combined.failures
@@ -186,7 +185,9 @@ class LoraStrategy(Strategy):
                 raise RoundError(f"expected at least {self.min_updates} usable updates; got {len(combined.used)}")
         except RoundError as error:
             self._report(server_round, failures)
-            LOG.warning("fedtune: round %d: %s; the model stays as it was", server_round, error)
+            # The method's own count leaves out the rounds that changed nothing.
+            reason = str(error).removeprefix(f"round {self._state.round + 1}: ").replace("client.learning", "learning")
+            LOG.warning("fedtune: round %d: %s; the model stays as it was", server_round, reason)
             return None, None
         self._report(server_round, failures)
         self._own |= {update.client: orders[update.client].rank for update in combined.used if self.ranks == "own"}
@@ -218,7 +219,7 @@ class LoraStrategy(Strategy):
 
     def summary(self) -> None:
         """Log how clients are drawn, and what they are sent."""
-        alpha = "by rank" if callable(self.alpha) else f"{self.alpha:g}"
+        alpha = "by rank" if callable(self.alpha) else self.alpha
         ranks = "of the initial arrays" if self.ranks is None else self.ranks
         LOG.info("\t├──> fedtune's method %r, alpha %s, ranks %s", self.method, alpha, ranks)
         LOG.info("\t├──> Fraction: train (%.2f) | evaluate (%.2f)", self.fraction_train, self.fraction_evaluate)
@@ -299,22 +300,15 @@ class LoraStrategy(Strategy):
             got = f"ranks {sorted(ranks)[:5]}" if ranks else "no factors"
             yield Fault("initial_arrays", "factors lora_A and lora_B of one rank", got, hint)
             return
-        if self.ranks == "own" and not self.own_ranks:
-            hint = "give ranks as a number or by node name, or use FLoRA or FlexLoRA"
-            yield Fault("ranks", f"ranks that {type(self).__name__} sends factors of", "'own'", hint)
-        planned = self.ranks if isinstance(self.ranks, Mapping) else {}
-        wrong = [rank for rank in [self.ranks, *planned.values()] if isinstance(rank, int) and rank < 1]
-        if wrong:
-            yield Fault("ranks", "whole numbers of at least 1", str(wrong[0]))
-        uniform = METHODS[self.method].ranks == "equal"
-        if uniform and len({*planned.values()} | ({*ranks} if planned else set())) > 1:
-            hint = "use FLoRA, FlexLoRA, HetLoRA or FFA for mixed ranks"
-            yield Fault("ranks", f"one rank for all clients of {type(self).__name__}", f"{dict(planned)}", hint)
-        if not callable(self.alpha) and not (math.isfinite(self.alpha) and self.alpha > 0):
-            yield Fault("alpha", "a number above 0, the clients' lora_alpha", f"{self.alpha}")
+        (rank,) = ranks
+        wrong = list(rank_faults(type(self).__name__, self.method, self.ranks, rank, own=self.own_ranks))
+        # Without sound ranks there is nothing to ask alpha for.
+        yield from wrong or alpha_faults(self.alpha, self.ranks, rank)
+        bounds = {"norm_cap": self.norm_cap, "max_norm": self.max_norm, "weight_cap": self.weight_cap}
+        yield from bound_faults(self.server_learning_rate, **bounds)
 
     def _alpha(self, rank: int) -> float:
-        return float(self.alpha(rank) if callable(self.alpha) else self.alpha)
+        return alpha_at(self.alpha, rank)
 
     @property
     def _keys(self) -> Keys:
@@ -352,15 +346,19 @@ class LoraStrategy(Strategy):
         # A list: a SuperLink's grid walks it twice.
         return [asked.message for asked in self._asked.values()]
 
-    def _update(self, name: str, content: RecordDict) -> tuple[ClientUpdate | Failure, Order]:
+    def _update(self, name: str, content: RecordDict) -> tuple[ClientUpdate, Order] | Failure:
         """Return the update in a client's reply, or why there is none, and the order that it answers."""
         federation, asked = self._running(), self._asked[name].order
         if asked is None:
             # It started from its own factors, whose rank the reply shows.
             rank = shown_rank(federation, content, self.arrayrecord_key)
-            asked = order(federation, self._state, name, rank, starts_alone=True)
+            try:
+                asked = order(federation, self._state, name, rank, starts_alone=True)
+            except ConfigError as error:  # the client has chosen a rank that alpha has no number for
+                return Failure.from_text(name, str(error), kind="refused")
         keys = self._keys
-        return read_reply(federation, asked, content, arrays_key=keys.arrays, examples_key=keys.examples), asked
+        outcome = read_reply(federation, asked, content, arrays_key=keys.arrays, examples_key=keys.examples)
+        return outcome if isinstance(outcome, Failure) else (outcome, asked)
 
     def _report(self, server_round: int, failures: Sequence[Failure]) -> None:
         for failure in sorted(failures, key=lambda one: one.client):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -21,8 +22,18 @@ NUMPY, MAGIC = "numpy.ndarray", b"\x93NUMPY"
 """How Flower names arrays that are stored as .npy files, and what such a file begins with."""
 SIDE = re.compile(r"(.+)\.lora_([AB])\.weight")
 FLOATS = ("float32", "float16", "float64")
-MALFORMED = (ValueError, TypeError, KeyError, SyntaxError, EOFError, RecursionError, MemoryError, TokenError)
-"""What numpy raises over the head of an .npy file that it cannot read; that head is Python source of a literal."""
+MALFORMED = (
+    ValueError,
+    TypeError,
+    KeyError,
+    SyntaxError,
+    EOFError,
+    RecursionError,
+    MemoryError,
+    TokenError,
+    OverflowError,
+)
+"""What numpy raises over an .npy file that it cannot read; its head is Python source of a literal."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,8 @@ def read_array(name: str, stored: FlowerArray) -> Array:
         read_head = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, by_columns, dtype = read_head(body)
         count = math.prod(shape)
+        if abs(count) > sys.maxsize:
+            raise ValueError("more numbers than any memory holds")
     except MALFORMED as error:
         raise WireError(f"{where}: expected an .npy file; got one that cannot be read ({str(error)[:60]})") from None
     if dtype.name not in FLOATS:
@@ -121,7 +134,11 @@ def read_array(name: str, stored: FlowerArray) -> Array:
     data = memoryview(stored.data)[body.tell() :]
     if min(shape, default=0) < 0 or len(data) != count * dtype.itemsize:
         raise WireError(f"{where}: expected {count} numbers of {dtype.name}; got {len(data)} bytes")
-    array = np.frombuffer(data, dtype).reshape(shape, order="F" if by_columns else "C")
+    try:
+        array = np.frombuffer(data, dtype).reshape(shape, order="F" if by_columns else "C")
+    except MALFORMED as error:
+        # A hundred axes, sides of True, or one beyond 64 bits beside one of 0.
+        raise WireError(f"{where}: expected the shape of an array; got {str(shape)[:60]}") from error
     with np.errstate(over="ignore", invalid="ignore"):  # what does not fit float32 is refused as not finite
         return np.ascontiguousarray(array, np.float32)
 

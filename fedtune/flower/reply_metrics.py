@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 from flwr.app import MetricRecord, RecordDict
@@ -37,15 +38,21 @@ def examples_of(metrics: Mapping[str, float], key: str) -> int:
 
 
 def means(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
-    """Return the weighted means of the metrics that all clients have, finite ones alone."""
+    """Return the weighted means of the metrics that more than half of the clients state, over their finite numbers.
+
+    So one client hides no loss of the others by one that is no number, and adds no names of its own.
+    """
     metrics = [metrics_of(content) for content in contents]
     weights = [max(0.0, float(one.get(weighted_by_key, 1.0))) for one in metrics]
     if not all(map(math.isfinite, weights)) or not sum(weights):
         weights = [1.0] * len(metrics)
-    shared = set.intersection(*(set(one) for one in metrics)) - {weighted_by_key}
     record = MetricRecord()
-    for key in sorted(shared):
-        mean = sum(weight * one[key] for weight, one in zip(weights, metrics, strict=True)) / sum(weights)
+    stated_by = Counter(key for one in metrics for key in one if key != weighted_by_key)
+    for key in sorted(key for key, count in stated_by.items() if 2 * count > len(metrics)):
+        pairs = zip(weights, metrics, strict=True)
+        stated = [(weight, one[key]) for weight, one in pairs if math.isfinite(one.get(key, math.nan))]
+        total = sum(weight for weight, _ in stated)
+        mean = sum(weight * number for weight, number in stated) / total if total else math.nan
         if math.isfinite(mean):
             record[key] = float(mean)
     return record

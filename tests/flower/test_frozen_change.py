@@ -114,6 +114,11 @@ def test_a_dense_change_is_added_to_the_layers_output() -> None:
     assert add_frozen(model, RecordDict({"frozen": record})) == {DIGEST: digest(record)}
     after = layer.base_layer(torch.ones(3)).detach()
     assert torch.allclose(after - before, torch.tensor([3.0, 12.0]))
+    # A model that lives on: the next message takes its place, and one without a change takes it away.
+    add_frozen(model, RecordDict({"frozen": arrays_to_record({"0.w": 2 * change})}))
+    assert torch.allclose(layer.base_layer(torch.ones(3)) - before, torch.tensor([6.0, 24.0]))
+    assert add_frozen(model, RecordDict()) == {}
+    assert torch.equal(layer.base_layer(torch.ones(3)), before)
 
 
 def test_the_digest_is_of_names_and_bytes() -> None:

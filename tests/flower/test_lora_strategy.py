@@ -249,9 +249,13 @@ def test_a_client_that_has_not_added_the_frozen_change_is_left_out(caplog: pytes
     [
         (HetLoRA(alpha=16, ranks="own"), "ranks: expected ranks that HetLoRA sends factors of; got 'own'; give ranks"),
         (FedIT(alpha=16, ranks={"node-0": 2}), "ranks: expected one rank for all clients of FedIT; got {'node-0': 2}"),
-        (FLoRA(alpha=16, ranks={"node-0": 0}), "ranks: expected whole numbers of at least 1; got 0"),
+        (
+            FLoRA(alpha=16, ranks={"node-0": 0}),
+            "ranks: expected whole numbers of at least 1, one for all or by node name, or 'own'; got 0",
+        ),
         (FLoRA(alpha=0), "alpha: expected a number above 0, the clients' lora_alpha; got 0"),
         (FLoRA(alpha=math.nan), "alpha: expected a number above 0, the clients' lora_alpha; got nan"),
+        (FLoRA(alpha=16, max_norm=0.0), "max_norm: expected a number above 0, or None; got 0.0"),
     ],
 )
 def test_an_argument_of_no_use_is_refused_before_a_client_is_asked(strategy: LoraStrategy, sentence: str) -> None:
@@ -337,6 +341,24 @@ def test_a_client_cannot_choose_a_rank_that_no_layer_has_room_for(caplog: pytest
     start(strategy, NumpyClient(0, rank=10), NumpyClient(1, rank=11), rounds=2)
     reason = "expected a rank of at most 10, the smaller side of the widest layer; got 11"
     assert left_out(caplog) == [f"fedtune: round {number}: node-1 is left out: {reason}" for number in (1, 2)]
+
+
+def test_a_client_of_a_rank_that_alpha_has_no_number_for_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    strategy = FLoRA(alpha=lambda rank: {4: 8.0}[rank], ranks="own", fraction_evaluate=0.0)
+    result = start(strategy, NumpyClient(0, rank=4), NumpyClient(1, rank=3))
+    assert left_out(caplog) == [
+        "fedtune: round 1: node-1 is left out: alpha: expected a number above 0, the clients' lora_alpha of rank 3; "
+        "got KeyError: 3"
+    ]
+    assert result.train_metrics_clientapp[1]["clients-used"] == 1
+
+
+def test_an_array_of_an_impossible_shape_costs_its_client_alone(caplog: pytest.LogCaptureFixture) -> None:
+    head = b"{'descr': '<f4', 'fortran_order': False, 'shape': (" + b"1, " * 65 + b")}\n"
+    data = b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + bytes(4)
+    reply = with_array(FIRST, Array("float32", (1,), "numpy.ndarray", data))
+    start(FLoRA(alpha=16, fraction_evaluate=0.0), NumpyClient(0), NumpyClient(1, reply=reply), NumpyClient(2))
+    assert "node-1 is left out: m.q.lora_A.weight: expected the shape of an array; got (1, 1" in left_out(caplog)[0]
 
 
 def test_evaluation_asks_for_what_the_next_training_starts_from() -> None:

@@ -77,6 +77,19 @@ def test_a_head_that_says_more_than_there_is_takes_no_memory() -> None:
         read_array("x", Array("float32", (2,), "numpy.ndarray", body.getvalue()))
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [(0, 10**30), (1,) * 65, (True, True), (10**3000, 10**3000), (-(10**3000), 10**3000), (-1, -1)],
+    ids=["beyond 64 bits", "axes", "bool", "long product", "long negative", "negative"],
+)
+def test_a_shape_that_no_array_has_is_refused(shape: tuple[int, ...]) -> None:
+    body = BytesIO()
+    np.lib.format.write_array_header_1_0(body, {"shape": shape, "fortran_order": False, "descr": "<f4"})
+    with pytest.raises(WireError, match=r"^x: expected ") as refused:
+        read_array("x", Array("float32", (1,), "numpy.ndarray", body.getvalue() + bytes(4)))
+    assert len(str(refused.value)) < 200
+
+
 @given(st.binary(max_size=80), st.integers(0, 200))
 def test_any_bytes_are_an_array_or_refused(noise: bytes, cut: int) -> None:
     good = Array(np.ones((2, 3), np.float32)).data

@@ -18,9 +18,21 @@ def test_means_are_weighted_by_examples() -> None:
     assert dict(record) == {"loss": 2.5}
 
 
-def test_only_metrics_that_all_have_and_that_are_finite_are_averaged() -> None:
-    replies = [content(num_examples=1, loss=math.nan, seconds=1.0), content(num_examples=1, loss=1.0, other=2.0)]
-    assert dict(means(replies, "num-examples")) == {}
+def test_a_client_whose_loss_is_no_number_or_missing_does_not_hide_those_of_the_others() -> None:
+    replies = [
+        content(num_examples=1, loss=math.nan, seconds=math.inf),
+        content(num_examples=1, loss=1.0),
+        content(num_examples=3, loss=3.0),
+        content(num_examples=9, other=1.0),
+    ]
+    assert dict(means(replies, "num-examples")) == {"loss": 2.5}
+
+
+def test_a_mean_that_leaves_float64_is_left_out() -> None:
+    assert (
+        dict(means([content(num_examples=1, loss=1.5e308), content(num_examples=1, loss=1.5e308)], "num-examples"))
+        == {}
+    )
 
 
 def test_clients_without_a_count_weigh_the_same() -> None:
