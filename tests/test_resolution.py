@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -36,6 +37,11 @@ def test_all_names_every_extra_that_is_no_tool_of_development() -> None:
     extras = PROJECT["optional-dependencies"]
     (everything,) = map(Requirement, extras["all"])
     assert everything.extras == extras.keys() - {"all", "docs", "test"}
+
+
+def test_the_page_of_installation_has_a_row_for_every_extra() -> None:
+    rows = re.findall(r"^\| `fedtune\[(\w[\w-]*)\]` \| .+ \| .* \|$", (ROOT / "docs" / "install.md").read_text(), re.M)
+    assert PROJECT["optional-dependencies"].keys() <= set(rows)
 
 
 def test_no_module_imports_the_package_of_an_extra_at_its_top() -> None:
