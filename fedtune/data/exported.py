@@ -78,6 +78,8 @@ def _add(split: dict[str, Table], client: str, table: Table, rows: Rows | None, 
 
 
 def _check_column(column: str | None, table: Table, key: str) -> None:
+    if column == "":
+        raise ConfigError(Fault("--column", "a name for the column", "an empty one"))
     if column in table.names:
         got = f"{column!r}, which {key} has already"
         raise ConfigError(Fault("--column", "a name that no column of the rows has", got, "choose another one"))

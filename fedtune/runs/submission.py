@@ -124,7 +124,7 @@ def project_text(submission: Submission) -> str:
     return f"""[project]
 name = {toml(recipe.name)}
 version = "1.0.0"
-description = "Federated fine-tuning of {recipe.model.base} with fedtune."
+description = {toml(f"Federated fine-tuning of {recipe.model.base} with fedtune.")}
 dependencies = ["fedtune=={version("fedtune")}"]
 
 [tool.flwr.app]

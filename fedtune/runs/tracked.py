@@ -72,7 +72,8 @@ def send_run(run: Path, name: TrackerName) -> str:
     """
     check_records(run)
     table = recipe_table(run)
-    settings, title = table.get("report", {}), table.get("name")
+    settings, title = table.get("report"), table.get("name")
+    settings = settings if isinstance(settings, dict) else {}  # of a copy that was changed by hand
     folder = result.folder(run) if settings.get("track_result") is True else None
     try:
         new, place = replay(

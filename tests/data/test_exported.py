@@ -52,6 +52,8 @@ def test_a_column_that_is_there_and_rows_without_numbers_are_refused(tmp_path: P
     settings = DataSettings(write(tmp_path / "a.jsonl", ROWS), Split("iid", clients=2))
     with pytest.raises(ConfigError, match="--column: expected a name that no column of the rows has; got 'kind'"):
         exported_rows(settings, task="causal", seed=0, root=tmp_path, column="kind")
+    with pytest.raises(ConfigError, match="--column: expected a name for the column; got an empty one"):
+        exported_rows(settings, task="causal", seed=0, root=tmp_path, column="")
     plugin = DataSettings("proverbs", Split("key", by="group"), format="plugin")
     with pytest.raises(ConfigError, match="files, a saved data set or a hub's"):
         exported_rows(plugin, task="causal", seed=0, root=tmp_path)

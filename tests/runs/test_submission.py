@@ -19,7 +19,15 @@ from fedtune.errors import ConfigError
 from fedtune.model import embedded
 from fedtune.rounds.record import RoundRecord
 from fedtune.runs.plan import plan
-from fedtune.runs.submission import OLDEST_KEYS, Submission, last_part, page_text, public_recipe, rule_rows
+from fedtune.runs.submission import (
+    OLDEST_KEYS,
+    Submission,
+    last_part,
+    page_text,
+    project_text,
+    public_recipe,
+    rule_rows,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 RECIPES = Path(__file__).parents[2] / "simulations" / "leaderboard-nlp"
@@ -83,6 +91,12 @@ def test_a_page_without_scores_says_so() -> None:
     assert "| not scored | not scored | not scored | not scored | 1.00 MB |" in page
     assert "loss on its own test data" not in page
     assert page.startswith("---\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n")
+
+
+def test_a_base_with_a_quote_in_its_name_leaves_a_project_file_that_can_be_read() -> None:
+    known = submission("smollm2-135m.toml", sent=2**20)
+    named = replace(known, recipe=replace(known.recipe, model=replace(known.recipe.model, base='a "b" \\c')))
+    assert 'a "b" \\c' in tomllib.loads(project_text(named))["project"]["description"]
 
 
 def test_local_folders_are_named_by_their_last_part() -> None:

@@ -72,6 +72,12 @@ def test_a_run_of_the_past_is_sent_and_named(tmp_path: Path, remembered: Remembe
     assert send_run(run, "mlflow") == "mlflow: has every round already, memory"
 
 
+def test_a_copied_recipe_whose_table_is_none_sends_no_clients(tmp_path: Path, remembered: Remembered) -> None:
+    run = write_directory(tmp_path / "run", rounds=1)
+    (run / "recipe.toml").write_text('name = "ward"\nreport = 3\n')
+    assert send_run(run, "mlflow") == "mlflow: 2 rounds sent, memory"
+
+
 def test_a_tracker_that_does_not_take_a_run_of_the_past_is_an_error(tmp_path: Path, remembered: Remembered) -> None:
     remembered.broken = RuntimeError("quota exceeded")
     with pytest.raises(StoreError, match="mlflow: expected that it takes the run; got quota exceeded; try again"):
