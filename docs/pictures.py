@@ -1,6 +1,6 @@
 """Draws pictures of README and site: the terminal of `fedtune demo`, the report that it writes, and its live page.
 
-Run from the repository's root, with Chromium (or CHROMIUM) installed: python docs/pictures.py
+Run from the repository's root, with Chromium (or CHROMIUM) installed: python -m docs.pictures
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.text import Text
 
 from fedtune.live.directory import open_directory
 from fedtune.live.server import serve_live
+from tests.live.chromium import browse
 
 IMAGES = Path(__file__).parent / "images"
 COLUMNS, PAGE = 100, (1100, 1040)
@@ -84,14 +85,28 @@ def draw_page(url: str, path: Path) -> None:
                 f"--user-data-dir={folder}/profile",
                 f"--window-size={PAGE[0]},{PAGE[1]}",
                 f"--screenshot={shot}",
-                "--timeout=2500",  # the live page is filled after it is loaded
                 url,
             ],
             check=True,
             capture_output=True,
         )
-        with Image.open(shot) as image:
-            image.convert("RGB").quantize(64).save(path, optimize=True)
+        save_small(shot, path)
+
+
+def draw_live_page(run: Path, path: Path) -> None:
+    """Draw the live page of a run once it is filled, which is after it was loaded."""
+    with tempfile.TemporaryDirectory() as name, serve_live(open_directory(run), port=0) as address:
+        with browse(Path(name)) as browser:
+            browser.call("Emulation.setScrollbarsHidden", hidden=True)
+            browser.open(address.url, width=PAGE[0], height=PAGE[1])
+            browser.until("document.getElementById('state').textContent.includes('finished')")
+            browser.screenshot(Path(name) / "live.png", whole=False)
+        save_small(Path(name) / "live.png", path)
+
+
+def save_small(shot: Path, path: Path) -> None:
+    with Image.open(shot) as image:
+        image.convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def main() -> None:
@@ -103,8 +118,7 @@ def main() -> None:
         draw_terminal("\n".join(["$ fedtune demo", *lines]), IMAGES / "demo.svg")
         run = folder / "runs" / "demo"
         draw_page((run / "report.html").as_uri(), IMAGES / "report.png")
-        with serve_live(open_directory(run), port=0) as address:
-            draw_page(address.url, IMAGES / "live.png")
+        draw_live_page(run, IMAGES / "live.png")
 
 
 if __name__ == "__main__":
