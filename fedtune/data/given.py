@@ -13,7 +13,7 @@ from fedtune.errors import ConfigError, Fault, type_of
 
 FORMS = "rows by client, one Dataset to divide, or a partitioner of flwr-datasets"
 """What may be given."""
-PARTITIONER_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError)
+PARTITIONER_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError)
 """What partitioners raise for rows that they cannot divide."""
 
 
@@ -115,7 +115,7 @@ def _training_partitioner(data: Any) -> Any:
         return data
     try:
         partitioners: Mapping[str, Any] = data.partitioners
-    except (OSError, *PARTITIONER_ERRORS) as error:
+    except PARTITIONER_ERRORS as error:
         expected, got = "a FederatedDataset that can be loaded", f"{type(error).__name__} ({_first_line(error)})"
         raise ConfigError(Fault("data", expected, got, "give the data set and a partitioner as a pair")) from error
     if "train" not in partitioners and len(partitioners) != 1:
@@ -126,7 +126,7 @@ def _training_partitioner(data: Any) -> Any:
 def _with_data(partitioner: Any, data: Any) -> Any:
     """Return a copy of a partitioner, with a data set; the one that was given stays without, and can be given again."""
     if _has_data(partitioner):
-        if partitioner.dataset is data:
+        if getattr(partitioner, "dataset", None) is data:
             return partitioner
         got = f"{type_of(partitioner)} with another one"
         raise ConfigError(Fault("data", "a partitioner without a data set, beside one", got, "give one of the two"))
@@ -152,10 +152,10 @@ def _of_parts(partitioner: Any) -> Given:
         raise ConfigError(Fault("data", "a partitioner whose data set is set", f"{kind} without one", hint))
     try:
         parts = dict(_parts(partitioner))
+        empty = [name for name, rows in parts.items() if not len(rows)]
     except PARTITIONER_ERRORS as error:
         got = f"{type(error).__name__} ({_first_line(error)})"
         raise ConfigError(Fault("data", f"rows that {kind} can divide", got)) from error
-    empty = [name for name, rows in parts.items() if not len(rows)]
     if len(empty) == len(parts):
         raise ConfigError(Fault("data", "at least one part with a row", f"{len(parts)} empty parts of {kind}"))
     return Given(by_client={name: rows for name, rows in parts.items() if name not in empty}, empty=empty)

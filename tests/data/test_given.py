@@ -96,6 +96,20 @@ class Broken(Parts):
         raise ValueError("alpha is too small\nmore")
 
 
+class Bare:
+    """Parts of one's own, which say nothing of a data set."""
+
+    num_partitions = 1
+
+    def __init__(self, part: Any) -> None:
+        self.part = part
+
+    def load_partition(self, number: int) -> Any:
+        if isinstance(self.part, Exception):
+            raise self.part
+        return self.part
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -114,6 +128,9 @@ class Broken(Parts):
             Broken([0], data=Dataset.from_list(ROWS)),
             r"Broken can divide; got ValueError \(alpha is too small\)",
         ),
+        (Bare(None), r"rows that Bare can divide; got TypeError \(object of type 'NoneType'"),
+        (Bare(OSError("no such file")), r"rows that Bare can divide; got OSError \(no such file\)"),
+        ((ROWS, Bare([])), "a partitioner without a data set, beside one; got a Bare with another one"),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_sentence(data: Any, message: str) -> None:
