@@ -178,3 +178,15 @@ def test_a_command_that_needs_flower_names_the_extra(
     line = done.stderr.splitlines()[-1]
     assert line.startswith("fedtune: expected the package flwr")
     assert f'"fedtune[{extra}]"' in line
+
+
+def test_a_split_in_parquet_names_the_extra(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a row"}\n' * 12)
+    (tmp_path / "recipe.toml").write_text('model = { base = "embedded" }\ndata = { source = "rows.jsonl" }\n')
+    done = run_core("split", "recipe.toml", "--out", "parts", "--form", "parquet", cwd=tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2,
+        "fedtune: --form parquet: expected the package pyarrow, which writes Parquet; got none; leave it out for JSON "
+        'lines, or run pip install "fedtune[data]"',
+    )
+    assert not (tmp_path / "parts").exists()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedtune.data.encode import Example
+from fedtune.errors import ExtraError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,7 +32,17 @@ def columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
 
 
 def to_dataset(examples: Sequence[Example]) -> Dataset:
-    """Return examples as a `datasets.Dataset`; see `columns`."""
-    from datasets import Dataset
+    """Return examples as a `datasets.Dataset`; see `columns`.
+
+    Raises:
+        ExtraError: if that package is not installed.
+    """
+    try:
+        from datasets import Dataset
+    except ModuleNotFoundError:
+        raise ExtraError(
+            "expected the package datasets, whose Dataset a trainer of one's own is given; got none; run "
+            'pip install "fedtune[data]"'
+        ) from None
 
     return Dataset.from_dict(columns(examples))

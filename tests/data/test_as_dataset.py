@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from fedtune.data.as_dataset import columns, to_dataset
 from fedtune.data.encode import Example
+from fedtune.errors import ExtraError
 
 
 def example(*ids: int, prompt: int = 1) -> Example:
@@ -32,3 +35,9 @@ def test_texts_of_a_pair_keep_their_types() -> None:
 def test_compared_answers_are_prompt_and_two_completions() -> None:
     row = replace(example(5, 6, 7), rejected=example(5, 8))
     assert columns([row]) == {"prompt_ids": [[5]], "chosen_ids": [[6, 7]], "rejected_ids": [[8]]}
+
+
+def test_without_the_package_one_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ExtraError, match=r'expected the package datasets, .*; got none; run pip .* "fedtune\[data\]"'):
+        to_dataset([example(5, 6)])
