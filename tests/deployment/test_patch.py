@@ -78,7 +78,7 @@ def test_a_stock_script_takes_part_beside_a_site_of_fedtunes_own(
         rounds = [json.loads(line) for line in (fed.run / "rounds.jsonl").read_text().splitlines()]
         assert [sorted(line["clients"]) for line in rounds if line["round"]] == [["ours", "theirs"]] * 2
         theirs = [line["clients"]["theirs"] for line in rounds if line["round"]]
-        assert all(one["num_examples"] == 12 for one in theirs), theirs
+        assert all(one["examples"] == 12 for one in theirs), theirs
         # What the script saves is the model of all clients.
         final = fed.folder / "out" / "final"
         assert (final / "adapter_config.json").is_file()
