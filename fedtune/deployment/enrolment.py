@@ -14,7 +14,7 @@ from fedtune.link.audit_log import AuditLog, RecordEvent, log_event, record_to_a
 from fedtune.link.pki import invitations, registrar
 from fedtune.link.pki.certificates import hosts_of
 from fedtune.link.pki.identity import CERTIFICATE, Identity, load_identity
-from fedtune.link.pki.queue_files import REGISTRAR
+from fedtune.link.pki.queue_files import REGISTRAR, forget_rejected
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.server.addresses import LISTEN_HINT, check_address, check_free
 from fedtune.link.server.enrolment import QUEUE, Desk
@@ -102,7 +102,7 @@ def invite(place: Place, *, name: str, org: str, hours: int, address: str = "", 
         make_private(place.queue, below=place.folder)
         make_private(place.folder / invitations.FOLDER, below=place.folder)
     ca = (place.identity.folder / "ca.crt").read_bytes()
-    return invitations.invite(
+    code = invitations.invite(
         place.folder,
         address=address,
         server=server,
@@ -113,6 +113,9 @@ def invite(place: Place, *, name: str, org: str, hours: int, address: str = "", 
         hours=hours,
         now=int(time.time()),
     )
+    with store_errors(place.queue):
+        forget_rejected(place.queue, name)
+    return code
 
 
 def ask_delegation(place: Place) -> Path:

@@ -12,6 +12,7 @@ from fedtune.errors import ConfigError, StoreError
 from fedtune.link.audit_log import read_audit_log
 from fedtune.link.client.enrolment import enrol
 from fedtune.link.pki.identity import load_identity
+from fedtune.link.pki.queue_files import Answer, write_answer
 from fedtune.link.pki.roster import RosterFile
 from fedtune.link.settings import EnrolmentSettings, LinkSettings
 from tests.link.ceremony import enroll_parties
@@ -34,6 +35,13 @@ def test_a_code_names_the_first_host_of_the_certificate_and_the_port_unless_give
     assert replace(place, settings=EnrolmentSettings()).address == "localhost:9001"
     assert replace(place, settings=EnrolmentSettings(address="localhost:8")).address == "localhost:8"
     assert place.folder.stat().st_mode & 0o077 == 0
+
+
+def test_a_new_code_lets_keys_ask_again_that_were_rejected_and_keeps_what_was_signed(place: Place) -> None:
+    for name, bundle in (("anna", b""), ("bob", b"{}")):
+        write_answer(place.queue, name, Answer("0" * 64, bundle))
+        invite(place, name=name, org="a", hours=1)
+    assert [path.name for path in place.queue.iterdir()] == ["bob.answer.json"]
 
 
 @pytest.mark.parametrize(

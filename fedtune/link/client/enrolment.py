@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -12,13 +13,13 @@ from fedtune.errors import ConfigError, Fault, FedtuneError, TemporaryError, Wir
 from fedtune.link.client.channel import SPARED_HOSTS, TRANSIENT_STATUS
 from fedtune.link.client.route import proxy_fault, walk
 from fedtune.link.pki import enrollment
-from fedtune.link.pki.certificates import csr_key, load_signing_key, load_tls_key
-from fedtune.link.pki.identity import SIGN_KEY, TLS_KEY, Identity, read_secret
+from fedtune.link.pki.certificates import csr_key, load_signing_key, load_tls_key, spiffe_parts
+from fedtune.link.pki.identity import CERTIFICATE, SIGN_KEY, TLS_KEY, Identity, read_secret
 from fedtune.link.pki.invitations import Code
 from fedtune.link.pki.signing import fingerprint, public_bytes
 from fedtune.link.rejections import describe, one_line
 from fedtune.link.settings import KIB, JoinSettings
-from fedtune.store.files import write_bytes
+from fedtune.store.files import remove, write_bytes
 from fedtune.wire.v1 import link_pb2 as pb
 
 REQUEST = "request.json"
@@ -132,6 +133,9 @@ def enrol(
                 case "bundle":
                     return install(code, folder, reply.bundle, now=int(now()))
                 case "refusal" if not reply.refusal.passing:
+                    if reply.refusal.reason == pb.REQUEST_REJECTED:
+                        # That one has its answer: with a new code these keys ask with another one.
+                        remove(folder / REQUEST)
                     hint = ADVICE.get(reply.refusal.reason, "ask the coordinator")
                     raise ConfigError(Fault("code", "one that enrols this site", describe(reply.refusal), hint))
                 case "refusal":
@@ -154,6 +158,12 @@ def check_vacant(folder: Path, code: Code) -> None:
     if ca.exists() and root.exists() and fingerprint(ca.read_bytes() + root.read_bytes()) != code.anchors:
         hint = "give a new folder with --identity, or compare fingerprints and remove ca.crt and root.pub there"
         raise ConfigError(Fault("code", f"the federation that {folder} is enrolled in", "a code of another", hint))
+    with suppress(OSError, ValueError):
+        _, org, name = spiffe_parts((folder / CERTIFICATE).read_bytes())
+        # The CA would refuse a key that has another name already, and this site wait for ever.
+        if (name, org) != (code.name, code.org):
+            got = f"one for {code.name} of {code.org}"
+            raise ConfigError(Fault("code", f"one for {name} of {org}", got, "give a new folder with --identity"))
 
 
 def describe_failure(code: Code, error: grpc.RpcError, proxy: str) -> ConfigError:

@@ -80,7 +80,10 @@ class Renewal:
             return DAY_S if error.code() is grpc.StatusCode.UNIMPLEMENTED else RETRY_S
         match reply.WhichOneof("what"):
             case "bundle":
-                begins, ends = validity(enrollment.unpack_bundle(reply.bundle)[0])
+                try:
+                    begins, ends = validity(enrollment.unpack_bundle(reply.bundle)[0])
+                except ValueError:
+                    raise WireError("bundle: expected a certificate; got something else") from None
                 if ends <= end:
                     raise WireError("expected a certificate that lasts longer; got one that does not")
                 # The CA's clock is ahead of this one: until then the old certificate is the one that opens connections.

@@ -155,7 +155,9 @@ def pem_of(anchors: list[bytes]) -> bytes:
 def invite(
     folder: Path, *, address: str, server: str, name: str, org: str, ca: bytes, root: bytes, hours: int, now: int
 ) -> Code:
-    """Make a code for one site, and keep what recognises it; an earlier one for the name that was not used ends.
+    """Make a code for one site, and keep what recognises it; earlier ones for the name end, used or not.
+
+    Else two holders of codes for one name would take each other's place in the queue.
 
     Args:
         folder: of the enrolment service.
@@ -182,7 +184,7 @@ def invite(
         raise ConfigError(faults)
     count = 0
     for path, known in list_all(folder):
-        if now > known.until + KEEP_S or (known.name == name and not known.holder):
+        if now > known.until + KEEP_S or known.name == name:
             remove(path)
         else:
             count += not known.holder and now <= known.until

@@ -14,7 +14,7 @@ from fedtune.errors import ConfigError, Fault, FedtuneError, WireError
 from fedtune.link.pki.dsse import canonical_json, parse_json, read_fields
 from fedtune.link.pki.enrollment import MAX_BUNDLE_BYTES, Request, read_request
 from fedtune.link.pki.signing import fingerprint
-from fedtune.store.files import store_errors, write_bytes
+from fedtune.store.files import remove, store_errors, write_bytes
 
 REQUEST, ANSWER = ".request.json", ".answer.json"
 ROSTER, REGISTRAR = "roster", "registrar.json"
@@ -84,9 +84,39 @@ def put(queue: Path, data: bytes, request: Request) -> bool:
     if read_regular(path, MAX_REQUEST_BYTES) == data:
         return True
     if not path.exists() and count(queue) >= MAX_WAITING:
-        return False
+        drop_signed(queue)
+        if count(queue) >= MAX_WAITING:
+            return False
     write_bytes(path, data)
     return True
+
+
+def drop_signed(queue: Path) -> None:
+    """Remove the requests of a queue that have been signed; their answers stay, and are all that a site still needs."""
+    for one in load(queue)[0]:
+        answer = read_answer(queue, one.request.name)
+        if one.answered and answer is not None and answer.bundle:
+            remove(queue / f"{one.request.name}{REQUEST}")
+
+
+def rejection_of(queue: Path, name: str, key: bytes) -> str | None:
+    """Return why the last request of a name was rejected, if it is of this signing key; None if it was not."""
+    answer = read_answer(queue, name)
+    data = read_regular(queue / f"{name}{REQUEST}", MAX_REQUEST_BYTES)
+    if answer is None or answer.bundle or data is None or answer.request != digest(data):
+        return None
+    try:
+        return answer.reason if read_request(data).key == key else None
+    except WireError:
+        return None
+
+
+def forget_rejected(queue: Path, name: str) -> None:
+    """Remove a request that was rejected, and that answer: a new code lets the same keys ask once more."""
+    answer = read_answer(queue, name)
+    if answer is not None and not answer.bundle:
+        for end in (REQUEST, ANSWER):
+            remove(queue / f"{name}{end}")
 
 
 def count(queue: Path) -> int:

@@ -24,7 +24,7 @@ class Result:
     name: str
     outcome: Outcome
     text: str = ""
-    """Why it failed, or was left."""
+    """Why it failed or was left, or what was signed; empty: the outcome says it."""
 
 
 def is_renewal(current: Roster, waiting: Waiting) -> bool:
@@ -93,4 +93,6 @@ def answer_one(
         return Result(name, "rejected")
     bundle = authority.sign_request(ca, waiting.data, days=days, replace=replace and not renewal, now=now)
     write_answer(queue, name, Answer(digest(waiting.data), bundle))
-    return Result(name, "renewed" if renewal else "enrolled")
+    # The roster does not say which hosts a coordinator had, so they are not compared but shown.
+    hosts = f", for {', '.join(waiting.request.hosts)}" if waiting.request.role == "coordinator" else ""
+    return Result(name, "renewed", f"renewed{hosts}") if renewal else Result(name, "enrolled", f"enrolled{hosts}")

@@ -22,6 +22,8 @@ QUEUE = "queue"
 POLL_MS, RENEWAL_POLL_MS = 10_000, 600_000
 """After which a site asks again whether its request has been signed."""
 MAX_FORGOTTEN = 4096
+LEAST_GAIN_S = 6 * 3600
+"""By which a registrar's certificate must outlast the one before: each makes a roster that all parties fetch."""
 
 
 class Desk:
@@ -93,6 +95,9 @@ class Desk:
             raise rejection(pb.INVITATION_ENDED, "code", "a code that is used in time", "one that has ended")
         # First: a crash after the request was stored would leave the code free for other keys.
         invitations.claim(self.folder, known, holder)
+        # Signed anew, what was rejected has other bytes.
+        if (reason := queue_files.rejection_of(self.queue, known.name, request.key)) is not None:
+            raise rejection(pb.REQUEST_REJECTED, "request", "one that is signed", f"no: {reason}")
         return self._deliver(request, data, POLL_MS)
 
     def renew(self, party: Party, call: pb.RenewRequest) -> pb.EnrolReply:
@@ -124,7 +129,8 @@ class Desk:
         if own is None or own.delegation.not_after - now < registrar.LAST_DAYS * registrar.DAY_S:
             return None
         # A certificate of the CA may last longer than what a registrar can give: that one is for the CA to renew.
-        if registrar.last_second(own, now=now) <= self._roster.current().parties[request.name].not_after:
+        until = self._roster.current().parties[request.name].not_after
+        if registrar.last_second(own, now=now) < until + LEAST_GAIN_S:
             return None
         try:
             pem, data = registrar.renew_client(folder, own, request, statement, now=now)
@@ -174,24 +180,28 @@ class Desk:
     def look(self) -> None:
         """Take over the roster and this server's own certificate from the queue, and ask for the next one in time."""
         with self._lock:
-            try:
-                self._take_roster()
-                self._renew_own()
-                self._extend_roster()
-            # A queue that was put back wrong must not end the service; the next look may find it mended.
-            except (FedtuneError, OSError, ValueError) as error:
-                self._say("", "warning", text=f"queue: {one_line(str(error))}")
+            for take in (self._take_roster, self._renew_own, self._extend_roster):
+                try:
+                    take()
+                # A queue that was put back wrong must not end the service, nor one file in it the other steps; the
+                # next look may find it mended.
+                except (FedtuneError, OSError, ValueError) as error:
+                    self._say("", "warning", step=take.__name__, text=f"queue: {one_line(str(error))}")
 
     def _take_roster(self) -> None:
         data = queue_files.read_regular(self.queue / queue_files.ROSTER, MAX_BYTES)
         if data is None or (stamp := queue_files.digest(data)) == self._seen:
             return
+        if data != self._roster.data:
+            try:
+                version = registrar.install_roster(self._identity.folder, data, now=int(self._now())).version
+            # It stays as it is. A disk that is full, or a folder that another process writes, passes: tried again.
+            except WireError:
+                self._seen = stamp
+                raise
+            self._roster.refresh()
+            self._record("roster", version=version)
         self._seen = stamp
-        if data == self._roster.data:
-            return
-        version = registrar.install_roster(self._identity.folder, data, now=int(self._now())).version
-        self._roster.refresh()
-        self._record("roster", version=version)
 
     def _renew_own(self) -> None:
         """Install this server's own new certificate, or ask for one from two thirds of the life of the old on."""
@@ -204,8 +214,10 @@ class Desk:
         if answer is not None and answer.bundle:
             renewed = enrollment.unpack_bundle(answer.bundle)[0]
             begins, ends = certificates.validity(renewed)
-            # Not before it begins: the clock of the CA may be ahead of this one.
-            if renewed != pem and ends > certificates.validity(pem)[1] and begins <= self._now():
+            if renewed != pem and ends > certificates.validity(pem)[1]:
+                # The clock of the CA may be ahead of this one. Another request would take this answer's place.
+                if begins > self._now():
+                    return
                 until = enrollment.accept_bundle(folder, answer.bundle, now=int(self._now())).not_after
                 self._roster.refresh()
                 self._record("renewed", client=name, until=until)
@@ -237,13 +249,13 @@ class Desk:
         self._record("refused", client=name, reason=one_line(str(error)), code=code)
         return pb.EnrolReply(refusal=error.refusal)
 
-    def _say(self, name: str, kind: str, **fields: str) -> None:
-        """Record an event of a name, unless it is the one that was recorded of it last."""
-        said = f"{kind} {fields}"
-        if self._said.get(name) != said:
+    def _say(self, name: str, kind: str, *, step: str = "", **fields: str) -> None:
+        """Record an event of a name or a step, unless it is the one that was recorded of it last."""
+        said, about = f"{kind} {fields}", f"{name} {step}"
+        if self._said.get(about) != said:
             if len(self._said) >= MAX_FORGOTTEN:
                 self._said.clear()
-            self._said[name] = said
+            self._said[about] = said
             self._record(kind, **({"client": name} if name else {}), **fields)
 
 

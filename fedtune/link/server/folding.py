@@ -19,6 +19,7 @@ IN_FULL: Mapping[str, int] = {
     "hello": 20,
     "fetched": 60,
     "late": 20,
+    "queued": 20,
 }
 """Events of one cause that are recorded as they are within a window, by kind; a kind that is not here always is."""
 MAX_CAUSES = 4096

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fedtune.link.client.enrolment import enrol, install, own_request
 from fedtune.link.pki import authority, enrollment
 from fedtune.link.pki.identity import Identity
 from fedtune.link.pki.invitations import Code
+from fedtune.link.pki.queue_files import forget_rejected
 from tests.link.enrolment_office import Office, enrolment_office
 from tests.link.middlebox import listening, proxying
 
@@ -81,12 +83,19 @@ def test_a_code_that_another_site_has_used_says_what_to_do(office: Office, tmp_p
     ask(code, tmp_path / "a")
     with pytest.raises(ConfigError, match=r"INVITATION_USED.*if that was not this site, warn the coordinator"):
         ask(code, tmp_path / "b")
-    office.invite()
-    with pytest.raises(ConfigError, match="INVITATION_USED"):
-        ask(code, tmp_path / "b")
     office.sign("reject")
-    with pytest.raises(ConfigError, match=r"REQUEST_REJECTED.*rejected it; ask the coordinator why"):
+    before = own_request(tmp_path / "a", name="anna", org="a")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"REQUEST_REJECTED.*rejected it; ask the coordinator why"):
+            ask(code, tmp_path / "a")
+    # With a new code the same keys ask with another request, which has another fingerprint; the old code has ended.
+    forget_rejected(office.desk.queue, "anna")
+    newer = office.invite()
+    assert ask(newer, tmp_path / "a") is None
+    assert own_request(tmp_path / "a", name="anna", org="a") != before
+    with pytest.raises(ConfigError, match="INVITATION_UNKNOWN"):
         ask(code, tmp_path / "a")
+    assert ask(newer, tmp_path / "a", office.sign) is not None
 
 
 @pytest.mark.guarantee("G6")
@@ -112,6 +121,12 @@ def test_a_folder_of_another_federation_is_left_alone(office: Office, tmp_path: 
     with pytest.raises(ConfigError, match=r"the federation that .* is enrolled in; got a code of another"):
         ask(code, tmp_path / "a")
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+
+
+def test_a_code_for_another_name_than_the_enrolled_one_is_refused(office: Office, tmp_path: Path) -> None:
+    assert ask(office.invite(), tmp_path / "a", office.sign) is not None
+    with pytest.raises(ConfigError, match=r"expected one for anna of a; got one for bob of b"):
+        ask(replace(office.invite(), name="bob", org="b"), tmp_path / "a")
 
 
 def test_a_bundle_with_other_anchors_than_the_code_s_is_not_installed(office: Office, tmp_path: Path) -> None:

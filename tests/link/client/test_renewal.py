@@ -87,7 +87,7 @@ def test_a_site_asks_at_two_thirds_of_the_life_of_its_certificate_and_installs_t
     assert len(site.requests) == 2
 
 
-@pytest.mark.parametrize("kind", ["refused", "unknown", "closed", "damaged", "foreign", "older"])
+@pytest.mark.parametrize("kind", ["refused", "unknown", "closed", "damaged", "garbage", "foreign", "older"])
 def test_what_goes_wrong_ends_no_client_and_changes_no_file(site: Site, kind: str, tmp_path: Path) -> None:
     def answer(data: bytes) -> pb.EnrolReply:
         match kind:
@@ -99,6 +99,8 @@ def test_what_goes_wrong_ends_no_client_and_changes_no_file(site: Site, kind: st
                 raise ValueError("closed")
             case "damaged":
                 return pb.EnrolReply(bundle=b"{}")
+            case "garbage":
+                return pb.EnrolReply(bundle=enrollment.pack_bundle(b"no certificate", b"", b"", b""))
             case "foreign":
                 authority.create_authority(tmp_path / "foe", "care", now=NOW)
                 return pb.EnrolReply(bundle=authority.sign_request(tmp_path / "foe", data, now=int(site.time.now)))

@@ -77,8 +77,12 @@ def test_a_used_code_is_kept_and_its_holder_does_not_change(tmp_path: Path, anch
     assert used is not None
     invitations.claim(tmp_path, used, "cd")
     assert invitations.find(tmp_path, identifier) == used
-    invite(tmp_path, anchors)
+    invite(tmp_path, anchors, "carl")
     assert len(kept(tmp_path)) == 2
+    # Both would take each other's place in the queue.
+    invite(tmp_path, anchors)
+    assert sorted(known.name for known in kept(tmp_path)) == ["anna", "carl"]
+    assert invitations.find(tmp_path, identifier) is None
     invite(tmp_path, anchors, "bob", now=NOW + 60 * 24 * 3600)
     assert [known.name for known in kept(tmp_path)] == ["bob"]
 

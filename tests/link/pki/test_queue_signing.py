@@ -87,6 +87,14 @@ def test_a_renewal_is_signed_without_asking_and_new_keys_are_not(ca: Path, queue
     assert [one.outcome for one in sign(ca, queue, decide, replace=True)] == ["enrolled"]
 
 
+def test_the_hosts_of_a_server_are_shown_also_where_nothing_is_asked(ca: Path, queue: Path) -> None:
+    texts = list[str]()
+    for hosts in (("fl.example.org",), ("other.example.org", "192.0.2.1")):
+        ask(queue, "server", role="coordinator", hosts=hosts)
+        texts += [one.text for one in sign(ca, queue)]
+    assert texts == ["enrolled, for fl.example.org", "renewed, for other.example.org, 192.0.2.1"]
+
+
 def test_a_request_may_be_left_or_rejected(ca: Path, queue: Path) -> None:
     ask(queue, "anna")
     assert [one.outcome for one in sign(ca, queue, "leave")] == ["left"]

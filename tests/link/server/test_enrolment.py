@@ -213,6 +213,32 @@ def test_a_request_that_is_rejected_is_said_and_a_full_queue_passes(
     assert (reason(reply), reply.refusal.passing) == ("QUEUE_FULL", True)
 
 
+def test_a_rejected_request_does_not_come_back_with_other_bytes_but_with_a_new_code(counter: Counter) -> None:
+    code = counter.invite()
+    counter.enrol(code, counter.request("one"))
+    assert counter.sign("reject") == ["rejected"]
+    again = counter.request("one")
+    assert reason(counter.enrol(code, again)) == "REQUEST_REJECTED"
+    assert counter.sign() == []
+    queue_files.forget_rejected(counter.desk.queue, "anna")
+    assert counter.enrol(counter.invite(), again).WhichOneof("what") == "pending"
+    assert reason(counter.enrol(code, again)) == "INVITATION_UNKNOWN"
+    assert counter.sign() == ["enrolled"]
+    queue_files.forget_rejected(counter.desk.queue, "anna")
+    assert counter.names() == ["anna"]
+
+
+def test_signed_requests_make_room_in_a_full_queue(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_files, "MAX_WAITING", 1)
+    code, data = counter.invite(), counter.request("one")
+    counter.enrol(code, data)
+    counter.sign()
+    counter.desk.look()
+    assert counter.enrol(counter.invite("bob"), counter.request("bob", name="bob")).WhichOneof("what") == "pending"
+    assert counter.names() == ["bob"]
+    assert counter.enrol(code, data).bundle
+
+
 def test_a_full_disk_puts_the_request_off(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
     code, data = counter.invite(), counter.request("one")
 
@@ -284,6 +310,43 @@ def test_a_roster_in_the_queue_that_is_not_the_next_one_changes_nothing(counter:
     assert counter.kinds() == (["roster"] if kind == "link" else ["roster", "warning"])
 
 
+def test_a_roster_that_could_not_be_written_is_taken_over_later(
+    counter: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, ca = counter.desk.queue, counter.places["ca"]
+    queue.mkdir(parents=True)
+    newest = authority.revoke(ca, "site-b", now=NOW)
+    (queue / "roster").write_bytes((ca / "roster").read_bytes())
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedtune.store.files.write", full)
+        counter.desk.look()
+    assert counter.roster.current().version < newest.version
+    counter.desk.look()
+    assert counter.roster.current() == newest
+    assert counter.kinds() == ["warning", "roster"]
+
+
+def test_a_certificate_of_the_server_that_begins_later_is_waited_for(counter: Counter) -> None:
+    folder = counter.places["server"]
+    counter.time.now += 61 * DAY_S
+    counter.desk.look()
+    before, asked = (folder / "tls.crt").read_bytes(), (counter.desk.queue / "server.request.json").read_bytes()
+    # The CA's clock is an hour ahead.
+    ahead = int(counter.time.now) + 3600
+    list(sign_queue(counter.places["ca"], counter.desk.queue, lambda one: "leave", days=90, now=ahead))
+    for _ in range(2):
+        counter.desk.look()
+    assert (counter.desk.queue / "server.request.json").read_bytes() == asked
+    assert (folder / "tls.crt").read_bytes() == before
+    counter.time.now += 3600
+    counter.desk.look()
+    assert (folder / "tls.crt").read_bytes() != before
+
+
 def test_the_server_asks_for_its_own_next_certificate_and_installs_it(counter: Counter) -> None:
     folder = counter.places["server"]
     counter.desk.look()
@@ -323,10 +386,21 @@ def test_a_registrar_extends_the_roster_and_its_end_is_said_in_time(tmp_path: Pa
     party, data = roster.current().parties["site-a"], registry.places["site-a"]
     call = pb.RenewRequest(request=own_bytes(data), statement=statement)
     assert desk.renew(party, call).bundle
-    assert desk.renew(party, call).WhichOneof("what") == "pending"  # no longer than the one that it has
+    # No longer than the one that it has, or hardly so: a client that asks all the time would use up the versions.
+    for _ in range(2):
+        version = roster.current().version
+        assert desk.renew(roster.current().parties["site-a"], call).WhichOneof("what") == "pending"
+        assert roster.refresh().version == version
+        wall.now += 3600
+    wall.now += 4 * 3600
+    assert desk.renew(roster.current().parties["site-a"], call).bundle
     assert request.name == "site-a"
+    # A damaged answer to the server itself, and no roster: the step after them is taken all the same.
+    (desk.queue / "server.answer.json").write_text('{"bundle":"x","reason":"","request":""}')
+    (desk.queue / "roster").write_text("damaged")
     wall.now += 13 * DAY_S
     desk.look()
+    assert [kind for kind, _ in events[-4:]] == ["warning", "warning", "roster", "warning"]
     assert "the delegation of the registrar ends on" in str(events[-1][1]["text"])
     # In its last days a certificate would end with it: the CA signs instead.
     assert desk.renew(roster.current().parties["site-a"], call).WhichOneof("what") == "pending"
