@@ -93,10 +93,10 @@ def put(queue: Path, data: bytes, request: Request) -> bool:
 
 def drop_signed(queue: Path) -> None:
     """Remove the requests of a queue that have been signed; their answers stay, and are all that a site still needs."""
-    for one in load(queue)[0]:
-        answer = read_answer(queue, one.request.name)
-        if one.answered and answer is not None and answer.bundle:
-            remove(queue / f"{one.request.name}{REQUEST}")
+    for waiting in load(queue)[0]:
+        answer = read_answer(queue, waiting.request.name)
+        if waiting.answered and answer is not None and answer.bundle:
+            remove(queue / f"{waiting.request.name}{REQUEST}")
 
 
 def rejection_of(queue: Path, name: str, key: bytes) -> str | None:
