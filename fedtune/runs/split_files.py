@@ -54,7 +54,10 @@ def write_split(
         ConfigError: if data cannot be read, divided or written in that form.
         ExtraError: if that form needs a package that is not installed.
         StoreError: if the folder holds files already, or cannot be written.
+        ExtraError: if Parquet is asked for and pyarrow is not installed.
     """
+    if form == "parquet":
+        _check_pyarrow()
     bound, target = bind(recipe, overrides=overrides), Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
@@ -90,6 +93,14 @@ def split_numbers(rows: ExportedRows, kind: str) -> Mapping[str, Any]:
         "clients": clients,
         "left_out": len(division.left_out),
     }
+
+
+def _check_pyarrow() -> None:
+    try:
+        import pyarrow  # noqa: F401 - before any row is read
+    except ModuleNotFoundError as error:
+        hint = 'run pip install "fedtune[data]", or leave --form out for JSON lines'
+        raise ExtraError(f"--form parquet: expected the package pyarrow; got none; {hint}") from error
 
 
 def _write_files(folder: Path, parts: Mapping[str, Table], form: SplitForm) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from datasets import load_dataset
 
 from fedtune.data.table import from_rows
-from fedtune.errors import ConfigError, StoreError
+from fedtune.errors import ConfigError, ExtraError, StoreError
 from fedtune.runs.split_files import json_lines, write_split
 
 ROWS = [{"text": f"row {number}", "kind": "abc"[number % 3]} for number in range(30)]
@@ -71,6 +72,15 @@ def test_a_column_of_several_types_is_refused_in_parquet_and_nothing_is_left(tmp
         write_split(recipe, tmp_path / "parts", form="parquet")
     assert [one.name for one in tmp_path.iterdir()] == ["rows.jsonl"]
     assert write_split(recipe, tmp_path / "parts").files == 2
+
+
+def test_parquet_without_its_package_is_refused_before_a_row_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ExtraError, match=r'expected the package pyarrow; got none; run pip install "fedtune\[data\]"'):
+        write_split({"model": {"base": "embedded"}, "data": {"source": "absent"}}, tmp_path / "parts", form="parquet")
+    assert not (tmp_path / "parts").exists()
 
 
 def test_what_json_cannot_say_is_text() -> None:
