@@ -175,6 +175,13 @@ def test_an_object_that_is_no_function_is_refused(tables: Tables, tmp_path: Path
         fedtune.simulate(of(tables, METHODS[0]), out=tmp_path / "run", trainer="a:b")  # type: ignore[arg-type]
 
 
+def test_a_name_that_no_client_has_is_refused(tables: Tables, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"trainer: expected functions by names of clients \(client-0, .*\); got 'client-one'"
+    ):
+        fedtune.simulate(of(tables, METHODS[0]), out=tmp_path / "run", trainer={"client-one": sgd})
+
+
 def test_an_object_is_for_one_process(tables: Tables, tmp_path: Path) -> None:
     recipe = {**of(tables, METHODS[0]), "engine": {"name": "processes"}}
     with pytest.raises(ConfigError, match=r'"inprocess" with Python objects; got "processes" with trainer='):

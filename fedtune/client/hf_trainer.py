@@ -124,6 +124,8 @@ def hf_training(
         with (
             hold_model(trainer, model),
             set_arguments(trainer.args, args),
+            # Accelerate has a copy of the seed, by which each round would draw the same rows again.
+            set_arguments(trainer.accelerator.dataloader_config, {"data_seed": order.seed}),
             first(trainer.callback_handler.callbacks, callback),
         ):
             left.output = train()
@@ -138,8 +140,10 @@ def hf_training(
     return OwnTrainer(function, losses=losses, preference=preference_of(trainer)), left
 
 
-def give_model(trainer: Any, base: Base, left: Continued, result: str) -> None:
+def give_model(trainer: Any, base: Base, left: Continued, result: str) -> bool:
     """Leave a Trainer with the adapter of a run: the result of all clients, or what it has trained last itself.
+
+    Returns: whether it is the result of all clients.
 
     Args:
         trainer: whose `model` is afterwards a `peft.PeftModel` on the base, as after a training without others.
@@ -147,15 +151,31 @@ def give_model(trainer: Any, base: Base, left: Continued, result: str) -> None:
         left: of its rounds.
         result: folder of the run's result at this site; empty, or no adapter of factors, where there is none.
     """
+    of_all = bool(result) and (Path(result) / "adapter_config.json").is_file()
     with quiet(), warnings.catch_warnings(action="ignore", category=FutureWarning):
-        if result and (Path(result) / "adapter_config.json").is_file():
+        if of_all:
             model: Any = PeftModel.from_pretrained(base.model, result, is_trainable=True)
+            # The result names the base as the server's recipe does, and PEFT would look that name up on the hub.
+            model.peft_config[ADAPTER].base_model_name_or_path = base.model.name_or_path
         elif left.config is not None:
             model = get_peft_model(base.model, left.config)
             set_peft_model_state_dict(model, dict(left.adapter))
         else:
-            return
+            return of_all
     trainer.model = trainer.model_wrapped = model
+    return of_all
+
+
+def adapter_of(trainer: Any) -> Any:
+    """Return PEFT's configuration of the adapter that a Trainer has; None if it has none."""
+    return next(iter(trainer.model.peft_config.values()), None) if isinstance(trainer.model, PeftModel) else None
+
+
+def give_back(trainer: Any, base: Base, config: Any) -> None:
+    """Leave a Trainer with an adapter of its own, as fresh as the one that was taken off; None: without one."""
+    if config is not None:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            trainer.model = trainer.model_wrapped = get_peft_model(base.model, config)
 
 
 def site_of_trainer(trainer: Any, name: str, policy: Policy, base: Base, own: OwnTrainer) -> Site:
@@ -223,7 +243,9 @@ def mean_loss(trainer: Any, model: Any, steps: int) -> float | None:
     some = rows.select(places) if hasattr(rows, "select") else Subset(rows, places)
     total, parts = 0.0, 0
     was_training = model.training
-    with hold_model(trainer, model), count_nothing(trainer), torch.no_grad():
+    # Workers that persist belong to a loader that the Trainer keeps, in place of its own of eval_dataset.
+    passing = set_arguments(arguments, {"dataloader_persistent_workers": False})
+    with hold_model(trainer, model), count_nothing(trainer), passing, torch.no_grad():
         model.eval()
         for inputs in trainer.get_eval_dataloader(some):
             with trainer.compute_loss_context_manager():
@@ -250,7 +272,7 @@ def hold_model(trainer: Any, model: Any) -> Iterator[None]:
 
 @contextmanager
 def set_arguments(arguments: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    """Give a Trainer's arguments other values inside the block."""
+    """Give arguments of a Trainer other values inside the block."""
     before = {name: getattr(arguments, name) for name in values}
     for name, value in values.items():
         setattr(arguments, name, value)

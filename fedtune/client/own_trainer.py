@@ -258,7 +258,7 @@ def call(own: OwnTrainer, model: Any, examples: Sequence[Example], assignment: A
         folder=own.folder,
     )
     try:
-        with torch_seed(derive(assignment.seed, "trainer"), base.device):
+        with torch_seed(derive(assignment.seed, "trainer"), base.device), torch_modes():
             result = own.function(model, TrainingData(examples, base.tokenizer, own.rows), order)
     # It is another program's code: whatever it raises is this client's failure, and the round goes on.
     except (Exception, SystemExit) as error:
@@ -266,6 +266,17 @@ def call(own: OwnTrainer, model: Any, examples: Sequence[Example], assignment: A
             raise
         raise trainer_failed(own, plan.client, error) from error
     return model if result is None else unwrap(result) or model
+
+
+@contextmanager
+def torch_modes() -> Iterator[None]:
+    """Put back, after the block, torch's modes that the next client of this process would train under."""
+    kind, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(kind)
+        torch.set_grad_enabled(gradients)
 
 
 def trainer_failed(own: OwnTrainer, client: str, error: BaseException) -> ClientError:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from fedtune.errors import ClientError
 from fedtune.messages import Assignment
 from fedtune.wire.codec import decode_assignment, encode_assignment
 
@@ -43,11 +44,21 @@ class Ranks:
             send([END, note.encode()], self.group)
 
     def follow(self, perform: Callable[[Assignment], object]) -> str:
-        """Perform every order of the first process until it ends, and return its note; by the others."""
+        """Perform every order of the first process until it ends, and return its note; by the others.
+
+        Raises:
+            ClientError: if this client's own program fails.
+        """
         while (pieces := receive(self.group))[0] == ORDER:
             _, header, *named = pieces
             blobs = {name.decode(): body for name, body in zip(named[::2], named[1::2], strict=True)}
-            perform(decode_assignment(header, blobs))
+            try:
+                perform(decode_assignment(header, blobs))
+            except ClientError as error:
+                # What all processes find alike costs one round. After an error of their program's own they are at
+                # different steps, and the first one would wait for this one: a launcher ends all of them.
+                if error.__cause__ is not None:
+                    raise
         return pieces[1].decode()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from fedtune.config.error_text import quote
 from fedtune.config.recipe import Recipe, method_type_of, planner_type_of
-from fedtune.errors import Fault
+from fedtune.errors import ConfigError, Fault
 from fedtune.messages import TrainLora
 from fedtune.model.settings import quantised_format
 
@@ -17,6 +17,17 @@ def names_trainer(recipe: Recipe) -> bool:
     """Return whether another program trains the adapter of any client."""
     overrides = any(override.training.get("trainer") for override in recipe.override)
     return recipe.objects.trainer is not None or recipe.client.trainer is not None or overrides
+
+
+def refuse_named(recipe: Recipe) -> None:
+    """Refuse a server's recipe that names a trainer, which no site would call.
+
+    Raises:
+        ConfigError: saying where its name belongs.
+    """
+    if names_trainer(recipe):
+        hint = "name it in the site's own file, or leave it out"
+        raise ConfigError(Fault("client.trainer", "none in a recipe that is served to sites", "one", hint))
 
 
 def trainer_faults(recipe: Recipe) -> Iterator[Fault]:

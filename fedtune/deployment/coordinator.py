@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe, render
+from fedtune.config.trainer_checks import refuse_named
 from fedtune.deployment.enrolment import Place, serving
 from fedtune.deployment.link_events import on_event, refusal_of
 from fedtune.deployment.served_run import (
@@ -107,6 +108,7 @@ def coordinate(
         RoundError: if a round could not be completed.
         StoreError: if the run directory cannot be written or trusted.
     """
+    refuse_named(recipe)
     identity = load_identity((root / settings.identity).resolve(), role="coordinator", now=int(time.time()))
     roster = RosterFile(identity.folder / "roster", identity.root)
     # Before the run directory is written: a mistyped address leaves nothing behind.

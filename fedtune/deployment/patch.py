@@ -37,6 +37,12 @@ TEXTS: Mapping[str, str] = {
 }
 """What standard error shows of the events; all of them are in the site's audit log."""
 
+NO_RESULT = (
+    "expected the run's result as an adapter; got none; the Trainer's model has what it trained last itself, without "
+    "what other sites learned"
+)
+"""What is said of a Trainer whose site gets no result, for instance since its policy declines it."""
+
 
 def patch(
     trainer: AnyTrainer,
@@ -91,14 +97,21 @@ def train_in_rounds(
     Raises:
         ConfigError: if the run asks for what no Trainer can do, or something must be changed to connect.
     """
-    from fedtune.client.hf_trainer import base_of_trainer, give_model, hf_training, site_of_trainer
+    from fedtune.client.hf_trainer import (
+        adapter_of,
+        base_of_trainer,
+        give_back,
+        give_model,
+        hf_training,
+        site_of_trainer,
+    )
     from fedtune.client.ranks import ranks_here
 
     if args or any(value is not None for value in options.values()):
         hint = "call train() alone: a run that was cut off is resumed by the server"
         raise ConfigError(Fault("trainer.train", "no argument in a federation", ", ".join(options) or "one", hint))
     ranks = ranks_here()
-    targets = settings.adapter.targets if settings.adapter else ()
+    targets, given = settings.adapter.targets if settings.adapter else (), adapter_of(trainer)
     base = base_of_trainer(trainer, targets, seed=settings.seed)
     trainer.model = trainer.model_wrapped = base.model
     patched = vars(trainer).pop("train")
@@ -114,7 +127,11 @@ def train_in_rounds(
                 result = take_part(site, settings, server, agree, record, own.preference, alone=ranks.size == 1)
             finally:
                 ranks.end(result)
-        give_model(trainer, base, left, result)
+        if not give_model(trainer, base, left, result) and ranks.rank == 0:
+            record("warning", text=NO_RESULT)
+    except BaseException:
+        give_back(trainer, base, given)  # `train` may be called again, once the cause is gone
+        raise
     finally:
         vars(trainer)["train"] = patched
     return left.output
@@ -168,6 +185,9 @@ def take_part(
             )
         except FedtuneError as error:
             outcome.error = error
+        except BaseException as error:  # the thread that trains would take the run for complete
+            outcome.error = error
+            raise
         finally:
             local.close()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.functional import linear
 
@@ -90,7 +91,8 @@ def config_of(base: Base, local: Adapter, *, scale: float, dropout: float) -> Lo
         lora_dropout=dropout,
         bias="none",
         fan_in_fan_out=base.transposed,
-        task_type="SEQ_CLS" if base.task == "classification" else "CAUSAL_LM",
+        # As a classifier PEFT would train a copy of the head, where the head itself is trained in full.
+        task_type=None if base.task == "classification" else "CAUSAL_LM",
     )
 
 
@@ -143,6 +145,10 @@ def read_factors(model: nn.Module, asked: Adapter, *, scale: float, client: str)
     again = "train the adapter of the model that the order brings, and leave its shape"
     if not layers:
         raise ClientError(f"{client}: expected the trained adapter of {WHAT}; got a model without one; {again}")
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            got = f"a copy of {name.rpartition('base_model.model.')[2]} beside it, which would be lost"
+            raise ClientError(f"{client}: expected an adapter of factors alone from {WHAT}; got {got}; {again}")
     if layers.keys() != asked.keys():
         other = sorted(layers.keys() ^ asked.keys())[0]
         got = f"{len(layers)} with {other}" if other in layers else f"{len(layers)} without {other}"
@@ -153,8 +159,8 @@ def read_factors(model: nn.Module, asked: Adapter, *, scale: float, client: str)
 def read_layer(name: str, layer: Any, asked: Factors, scale: float, client: str) -> Factors:
     """Return the trained factors of one layer; see `read_factors`."""
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-    if len(active) != 1 or layer.use_dora.get(active[0], False):
-        got = f"{len(active)} adapters" if len(active) != 1 else "DoRA"
+    if len(active) != 1 or (kind := variant_of(layer, active[0])):
+        got = f"{len(active)} adapters" if len(active) != 1 else kind
         raise ClientError(f"{client}: expected one plain LoRA adapter at {name} from {WHAT}; got {got}")
     [adapter] = active
     a, b = to_numpy(layer.lora_A[adapter].weight), to_numpy(layer.lora_B[adapter].weight)
@@ -167,6 +173,15 @@ def read_layer(name: str, layer: Any, asked: Factors, scale: float, client: str)
             hint = "lower its learning rate, or train in another number format"
             raise ClientError(f"{client}: expected finite factors from {WHAT}; got others in {side} of {name}; {hint}")
     return factors
+
+
+def variant_of(layer: Any, adapter: str) -> str:
+    """Return what a LoRA layer trains beside its two factors, or in place of them; empty for plain LoRA."""
+    if layer.use_dora.get(adapter, False):
+        return "DoRA"
+    if (variant := layer.lora_variant.get(adapter)) is not None:
+        return type(variant).__name__
+    return "one with a bias" if layer.lora_B[adapter].bias is not None else ""
 
 
 def exact_parts(change: Any, layer: nn.Module, device: torch.device) -> FrozenParts:
@@ -204,12 +219,13 @@ def restored_modules(model: Any) -> Iterator[None]:
     """Put back, after the block, all that a model's modules consist of: layers, hooks, modes, attributes, its config.
 
     Trainers wrap layers, patch `forward`, switch on checkpointing and leave hooks behind: the next client of this base
-    must find none of that. The numbers of parameters are not copied.
+    must find none of that. The numbers of buffers are put back too; those of parameters are not copied.
     """
     modules = list(model.modules())
     before = [{key: (value, content(value)) for key, value in vars(module).items()} for module in modules]
     config = dict(vars(model.config)) if hasattr(model, "config") else {}
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]  # positions and the like: some kB
     try:
         yield
     finally:
@@ -227,6 +243,8 @@ def restored_modules(model: Any) -> Iterator[None]:
         for parameter, required in gradients:
             parameter.requires_grad_(required)
             parameter.grad = None
+        for buffer, numbers in buffers:
+            buffer.data = numbers
 
 
 def content(value: Any) -> Any:

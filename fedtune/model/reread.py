@@ -9,6 +9,7 @@ import torch
 from fedtune.model.base import LOAD_ERRORS, Base, sum_bits
 from fedtune.model.base_config import auto_class
 from fedtune.model.base_files import readable
+from fedtune.model.device import DTYPES
 from fedtune.model.libraries import quiet
 
 
@@ -28,7 +29,7 @@ def reread(base: Base, before: Mapping[str, int]) -> bool:
         before: the checksum of its weights as they were loaded.
     """
     wrong, own = changed_names(base, before), dict(base.model.named_parameters())
-    dtype = next((own[name].dtype for name in own if name not in wrong), torch.float32)
+    dtype = next((own[name].dtype for name in own if name not in wrong), DTYPES.get(base.dtype, torch.float32))
     try:
         with quiet():
             fresh = auto_class(base.task).from_pretrained(

@@ -208,16 +208,20 @@ def prepare(
     # As it was loaded: what is recorded and given to other processes must not depend on their devices.
     recipe = replace(recipe, model=replace(recipe.model, dtype=base.dtype))
     names = list(federation.clients)
+    few = f"({', '.join(names[:8])}{', ...' * (len(names) > 8)})"
     faults = [
         Fault(
             path="override.clients",
-            expected=f"names or patterns of clients ({', '.join(names[:8])}{', ...' * (len(names) > 8)})",
+            expected=f"names or patterns of clients {few}",
             got=f"{list(override.clients)}, which match none",
         )
         for override in recipe.override
         # A client without examples is named rightly, in a recipe that may give it some with another seed.
         if not any(override.covers(name) for name in (*names, *federation.sits_out))
     ]
+    if isinstance(trainers := recipe.objects.trainer, Mapping):
+        others = sorted(str(name) for name in trainers if name not in (*names, *federation.sits_out))
+        faults += [Fault("trainer", f"functions by names of clients {few}", repr(name)) for name in others]
     if faults:
         raise ConfigError(faults)
     if (recipe.rounds.keep == "best" or recipe.rounds.patience is not None) and not federation.test:

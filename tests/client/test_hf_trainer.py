@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-from fedtune.client.hf_trainer import base_of_trainer, check_trainer, hf_training
+from fedtune.client.hf_trainer import base_of_trainer, check_trainer, hf_training, mean_loss
 from fedtune.client.perform import perform
 from fedtune.data.as_dataset import to_dataset
 from fedtune.data.encode import Example
@@ -120,6 +120,44 @@ def test_rounds_see_other_rows_and_the_same_order_gives_the_same_bits(
     name = sorted(first)[0]
     np.testing.assert_array_equal(first[name], again[name])
     assert not np.array_equal(first[name], other[name])
+
+
+class Seen:
+    """A collator that remembers the rows of each round."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        self.rows += [row["input_ids"] for row in rows]
+        return collate(rows)
+
+
+def test_a_seed_of_the_users_own_does_not_draw_the_same_rows_in_every_round(
+    checkpoints: dict[str, Path], examples: Examples, tmp_path: Path
+) -> None:
+    trainer = make(checkpoints["llama"], examples(40), tmp_path, data_seed=7)
+    base = base_of_trainer(trainer, TARGETS)
+    own, _ = hf_training(trainer)
+    drawn = []
+    for round in (1, 2):
+        trainer.data_collator = seen = Seen()
+        silent = replace(own, losses=lambda *_: 1.0)
+        perform(base, range(40), order(base, round=round), threads=1, own=silent)  # type: ignore[arg-type]
+        drawn.append(seen.rows)
+    assert drawn[0] != drawn[1]
+    assert trainer.accelerator.dataloader_config.data_seed == 7
+
+
+def test_a_trainer_that_keeps_its_workers_still_evaluates_on_all_rows(
+    checkpoints: dict[str, Path], rows: list[Example], tmp_path: Path
+) -> None:
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = make(checkpoints["llama"], rows, tmp_path, **workers)
+    trainer.eval_dataset = to_dataset(rows)
+    assert mean_loss(trainer, trainer.model, 1)
+    assert len(trainer.get_eval_dataloader().dataset) == len(rows)
+    assert trainer.args.dataloader_persistent_workers
 
 
 def test_the_optimizers_state_goes_on_only_where_that_is_asked(

@@ -379,6 +379,25 @@ def test_modules_trained_in_full_are_trained_too(loaded: Loader, rows: list[Exam
     assert digest(base.model) == base.digest
 
 
+def test_a_classifiers_head_is_trained_beside_its_adapter(loaded: Loader, examples: Examples) -> None:
+    base = loaded("llama", task="classification", labels=["yes", "no"])
+    asked = order(base, blobs={"saved": base.saved_tensors()})
+    update = run(base, examples(6, classes=2), asked, sgd)  # type: ignore[call-arg]
+    [head] = base.saved
+    assert not np.array_equal(update.lora.saved[head], base.saved_tensors()[head])
+    assert digest(base.model, leave_out=[head]) == base.digest
+
+
+def test_torchs_modes_are_afterwards_as_before(base: Base, rows: list[Example]) -> None:
+    def careless(*_: Any) -> None:
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_grad_enabled(False)
+
+    run(base, rows, order(base), careless)
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.is_grad_enabled()
+
+
 def test_each_optimizer_step_is_heard_of(base: Base, rows: list[Example]) -> None:
     heard: list[tuple[int, int]] = []
     perform(base, rows, order(base), threads=1, own=OwnTrainer(sgd), on_step=lambda *at: heard.append(at))

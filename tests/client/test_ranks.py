@@ -11,6 +11,7 @@ import pytest
 from torch import distributed as torch_distributed
 
 from fedtune.client.ranks import Ranks, ranks_here
+from fedtune.errors import ClientError
 from fedtune.messages import Assignment, Plan, Training, TrainLora
 
 distributed: Any = torch_distributed
@@ -79,3 +80,30 @@ def test_an_end_may_have_no_note(pair: Sequence[Ranks]) -> None:
     first.end()
     thread.join()
     assert notes == [""]
+
+
+def test_a_check_that_fails_costs_one_round_and_an_error_of_the_program_ends_the_process(pair: Sequence[Ranks]) -> None:
+    first, other = pair
+    performed: list[int] = []
+    ends: list[object] = []
+
+    def perform(one: Assignment) -> None:
+        performed.append(one.round)
+        if one.round == 1:
+            raise ClientError("ann: expected finite factors")
+        if one.round == 3:
+            raise ClientError("ann: expected its trainer to train") from ValueError("row 17")
+
+    def follow() -> None:
+        try:
+            ends.append(other.follow(perform))
+        except ClientError as error:
+            ends.append(str(error))
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    for number in (1, 2, 3):
+        first.announce(order(number))
+    thread.join()
+    assert performed == [1, 2, 3]
+    assert ends == ["ann: expected its trainer to train"]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from fedtune.config import bind, render
-from fedtune.config.trainer_checks import names_trainer
+from fedtune.config.trainer_checks import names_trainer, refuse_named
 from fedtune.errors import ConfigError
 from tests.config.conftest import SHORTEST
 
@@ -38,3 +38,11 @@ def test_a_recipe_names_a_trainer_for_all_clients_or_for_some() -> None:
     assert "trainer" not in render(bind(SHORTEST))
     some = SHORTEST + '\n[[override]]\nclients = "client-1"\ntrainer = "a:b"\n'
     assert names_trainer(bind(some))
+
+
+def test_a_served_recipe_names_none_for_no_site_would_call_it() -> None:
+    refuse_named(bind(SHORTEST))
+    with pytest.raises(
+        ConfigError, match=r"client.trainer: expected none in a recipe that is served to sites; got one; name it in"
+    ):
+        refuse_named(bind(SHORTEST, overrides=[TRAINER]))

@@ -351,6 +351,13 @@ def test_an_address_that_is_taken_is_refused_before_a_run_directory_is_written(t
     assert not (tmp_path / "run").exists()
 
 
+def test_a_recipe_that_names_a_trainer_is_refused_before_a_run_directory_is_written(tmp_path: Path) -> None:
+    named = data_at_sites(RECIPE, overrides=['client.trainer="os:getcwd"'])
+    with pytest.raises(ConfigError, match=r"client\.trainer: expected none in a recipe that is served"):
+        coordinate(named, tmp_path / "run", LinkSettings(identity=str(tmp_path)), tmp_path, record=silent)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_recipe_that_sites_get_is_the_same_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = list[bytes]()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from peft import LoraConfig
 
 import fedtune
 from fedtune.config import bind
@@ -191,6 +192,36 @@ def test_a_fault_of_the_link_is_raised_in_the_script(
         trainer.train()
     with pytest.raises(ConfigError, match=r"trainer: expected a transformers.Trainer"):
         fedtune.patch(object(), site=SITE)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_after_a_fault_train_can_be_called_again(
+    checkpoints: dict[str, Path],
+    examples: Callable[[int], list[Example]],
+    loaded: Loader,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = LoraConfig(r=7, target_modules=["q_proj", "v_proj"])
+    trainer = make(checkpoints["llama"], examples(9), tmp_path / "out", peft=config)
+    fedtune.patch(trainer, site={name: table for name, table in SITE.items() if name != "adapter"})
+
+    def fail(*_: Any, **options: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(patch_module, "join", fail)
+    # Any error of the link's thread ends the training: without it the run would seem complete.
+    with pytest.raises(OSError, match="no space left"):
+        trainer.train()
+    assert trainer.model.peft_config["default"].r == 7
+    with scripted_join(monkeypatch, orders_for(loaded("llama").digest)[:1], tmp_path) as updates:
+        trainer.train()
+    assert [update.num_examples for update in updates] == [9]
+    # No result came.
+    assert (
+        "warning: expected the run's result as an adapter; got none; the Trainer's model has" in capsys.readouterr().err
+    )
 
 
 def tensors_in(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,6 +123,43 @@ def test_dora_is_refused(loaded: Loader) -> None:
             ClientError, match=r"^ann: expected one plain LoRA adapter at .* from its trainer; got DoRA"
         ):
             read_factors(model, adapter(base, rank=4), scale=1.0, client="ann")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"modules_to_save": ["ln_f"]},
+            "an adapter of factors alone from its trainer; got a copy of transformer.ln_f beside",
+        ),
+        ({"lora_bias": True}, "one plain LoRA adapter at .* from its trainer; got one with a bias"),
+    ],
+)
+def test_what_is_trained_beside_factors_is_not_lost_in_silence(
+    options: dict[str, Any], sentence: str, loaded: Loader
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = loaded("gpt2", targets=["c_attn"])
+    with restored_modules(base.model):
+        model = get_peft_model(
+            base.model, LoraConfig(r=4, target_modules=sorted(base.modules), fan_in_fan_out=True, **options)
+        )
+        with pytest.raises(ClientError, match=f"^ann: expected {sentence}"):
+            read_factors(model, adapter(base, rank=4), scale=1.0, client="ann")
+
+
+def test_buffers_have_their_numbers_again(loaded: Loader) -> None:
+    base = loaded("llama")
+    before = {name: buffer.clone() for name, buffer in base.model.named_buffers()}
+    assert before
+    with restored_modules(base.model):
+        for buffer in base.model.buffers():
+            buffer.add_(1)
+        base.model.half()
+    after = dict(base.model.named_buffers())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_factors_that_do_not_fit_are_refused_before_anything_is_wrapped(loaded: Loader) -> None:

@@ -33,3 +33,12 @@ def test_a_checkpoint_of_other_weights_does_not_count(loaded: Loader) -> None:
     before = base.checksums
     base.model.lm_head.weight.data.zero_()
     assert not reread(base, before)
+
+
+def test_a_base_in_16_bits_of_which_all_has_changed_is_read_again_in_16_bits(loaded: Loader) -> None:
+    base = loaded("llama", dtype="bfloat16")
+    before = base.checksums
+    for parameter in base.model.parameters():
+        parameter.data = parameter.data.float()
+    assert reread(base, before)
+    assert digest(base.model) == base.digest
