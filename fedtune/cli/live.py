@@ -108,7 +108,7 @@ def end_of(feed: Feed) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        feed.set_state("stopped", "Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error).split("\n")[0])
+        feed.set_state("stopped", "by a signal" if isinstance(error, KeyboardInterrupt) else str(error).split("\n")[0])
         raise
     feed.set_state("finished")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -119,7 +120,20 @@ def _write_files(folder: Path, parts: Mapping[str, Table], form: SplitForm) -> i
 
 
 def json_lines(table: Table) -> str:
-    """Return a table as JSON lines; what JSON cannot say, such as a day, is written as text."""
+    """Return a table as JSON lines; what JSON cannot say, such as a day, is written as text, and NaN as null."""
     columns = [table.column(name) for name in table.names]
     rows = (dict(zip(table.names, values, strict=True)) for values in zip(*columns, strict=True))
-    return "".join(f"{json.dumps(row, ensure_ascii=False, default=str)}\n" for row in rows)
+    return "".join(f"{json.dumps(without_nan(row), ensure_ascii=False, default=str)}\n" for row in rows)
+
+
+def without_nan(value: Any) -> Any:
+    """Return a value with None in place of numbers that are not finite, which readers of JSON refuse.
+
+    >>> without_nan({"score": float("nan"), "parts": [1.5, float("inf")]})
+    {'score': None, 'parts': [1.5, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -50,7 +50,7 @@ def test_without_the_option_nothing_is_served() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "text"), [(KeyboardInterrupt(), "Ctrl-C"), (OSError("disk full\nmore"), "disk full")]
+    ("error", "text"), [(KeyboardInterrupt(), "by a signal"), (OSError("disk full\nmore"), "disk full")]
 )
 def test_a_run_that_stops_says_so_on_its_page(error: BaseException, text: str) -> None:
     feed, said = live_feed("ward", 3), list[str]()

@@ -83,6 +83,11 @@ def test_parquet_without_its_package_is_refused_before_a_row_is_read(
     assert not (tmp_path / "parts").exists()
 
 
+def test_numbers_that_are_not_finite_are_null() -> None:
+    text = json_lines(from_rows([{"score": float("nan"), "more": {"parts": [float("inf"), 1.5]}}]))
+    assert text == '{"score": null, "more": {"parts": [null, 1.5]}}\n'
+
+
 def test_what_json_cannot_say_is_text() -> None:
     assert json_lines(from_rows([{"a": 1, "b": Path("x")}, {"a": None, "b": "ü"}])) == (
         '{"a": 1, "b": "x"}\n{"a": null, "b": "ü"}\n'
