@@ -1,4 +1,4 @@
-"""What can be said of a recipe's files and trackers in a moment, before libraries are imported that take seconds."""
+"""What can be said of a recipe in a moment, of its files, trackers and engine, before large libraries are imported."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ def check_paths(recipe: Recipe) -> None:
 
     Raises:
         ConfigError: naming the key and the path.
-        ExtraError: naming a tracker's package that is missing.
+        ExtraError: naming the package of a tracker or of the engine that is missing.
     """
     check_packages(recipe.report.trackers)
+    if recipe.engine.name == "ray":
+        from fedtune.flower.shim import check_ray
+
+        check_ray()
     data = recipe.data
     if recipe.model.base not in (PYTHON, "embedded"):
         folder = local_base(recipe.model, recipe.root)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedtune.config import bind
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, ExtraError
 from fedtune.runs.path_checks import check_paths
 
 
@@ -39,6 +39,14 @@ def test_a_base_without_a_tokenizer_is_refused_and_what_has_none_of_its_own_is_l
         (tmp_path / name).write_text("")
         check_paths(recipe)
         (tmp_path / name).unlink()
+
+
+def test_an_engine_without_its_package_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tables: dict[str, Any]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ExtraError, match=r"fedtune\[ray\]"):
+        check_paths(bind({**tables, "engine": "ray"}))
 
 
 def test_a_missing_file_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
