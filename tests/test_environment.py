@@ -186,7 +186,7 @@ def test_a_split_in_parquet_names_the_extra(tmp_path: Path) -> None:
     done = run_core("split", "recipe.toml", "--out", "parts", "--form", "parquet", cwd=tmp_path)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (
         2,
-        "fedtune: --form parquet: expected the package pyarrow, which writes Parquet; got none; leave it out for JSON "
-        'lines, or run pip install "fedtune[data]"',
+        'fedtune: --form parquet: expected the package pyarrow; got none; run pip install "fedtune[data]", '
+        "or leave --form out for JSON lines",
     )
     assert not (tmp_path / "parts").exists()

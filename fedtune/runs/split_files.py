@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +52,6 @@ def write_split(
 
     Raises:
         ConfigError: if data cannot be read, divided or written in that form.
-        ExtraError: if that form needs a package that is not installed.
         StoreError: if the folder holds files already, or cannot be written.
         ExtraError: if Parquet is asked for and pyarrow is not installed.
     """
@@ -62,26 +60,11 @@ def write_split(
     bound, target = bind(recipe, overrides=overrides), Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target}: expected a new or an empty folder; it holds files; choose another with --out")
-    if form == "parquet":
-        check_parquet()
     rows = exported_rows(bound.data, task=bound.model.task, seed=bound.seed, root=bound.root, column=column)
     with new_folder(target) as folder:
         files = sum(_write_files(folder / split, parts, form) for split, parts in rows.splits.items() if parts)
         fill(folder / PARTITION, write_division(rows.division).encode())
     return SplitFiles(target, split_numbers(rows, bound.data.split.kind), files)
-
-
-def check_parquet() -> None:
-    """Refuse, before rows are read, to write what no package here writes.
-
-    Raises:
-        ExtraError: naming the extra.
-    """
-    if find_spec("pyarrow") is None:
-        raise ExtraError(
-            "--form parquet: expected the package pyarrow, which writes Parquet; got none; leave it out for JSON "
-            'lines, or run pip install "fedtune[data]"'
-        )
 
 
 def split_numbers(rows: ExportedRows, kind: str) -> Mapping[str, Any]:
