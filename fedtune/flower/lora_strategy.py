@@ -7,6 +7,7 @@ Flower's six functions around them. No torch is loaded.
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,9 +119,9 @@ class LoraStrategy(Strategy):
     """By client, what it was sent; the ids of messages are known once they are sent."""
     _began: float = field(default=0.0, init=False, repr=False)
 
+    @abstractmethod
     def settings(self) -> Any:
         """Return the settings of the method."""
-        raise NotImplementedError
 
     @property
     def sends_frozen(self) -> bool:
